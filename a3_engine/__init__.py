@@ -1,0 +1,38 @@
+"""KV-cache fusion for retrieved chunks, on torch and transformers."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream
+from a3_engine.engine import A3Engine, Precomputed
+from a3_engine.errors import (
+    A3Error,
+    ContextOverflowError,
+    ModelLoadError,
+    StoreError,
+    UnsupportedModelError,
+)
+from a3_engine.prompt import Chunk, Message, Prompt
+from a3_engine.report import FusionReport
+
+try:
+    __version__ = version("a3-integrations")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0"
+
+__all__ = [
+    "A3Engine",
+    "A3Error",
+    "Answer",
+    "AsyncTokenStream",
+    "Chunk",
+    "ContextOverflowError",
+    "FusionReport",
+    "Message",
+    "ModelLoadError",
+    "Precomputed",
+    "Prompt",
+    "StoreError",
+    "TokenStream",
+    "UnsupportedModelError",
+    "__version__",
+]

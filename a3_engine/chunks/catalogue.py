@@ -1,0 +1,114 @@
+"""The texts of stored chunks, to find them again inside a finished prompt.
+
+A framework may hand over nothing but one long string. Every text of a stored chunk that stands in
+it, to the letter, can be served from the cache. The first `ANCHOR` characters of each text lead to
+its possible lengths; a hash of the whole text decides. Only hashes and anchors are kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ANCHOR = 32  # shorter texts are not matched: they would be found where nobody meant them
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS texts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    engine TEXT NOT NULL, sha256 TEXT NOT NULL, anchor TEXT NOT NULL, chars INTEGER NOT NULL,
+    tag TEXT, UNIQUE (engine, sha256)
+);
+"""
+
+
+class Match(NamedTuple):
+    """A known text at ``text[start:stop]``."""
+
+    start: int
+    stop: int
+
+
+class Catalogue:
+    """Texts known to one engine, shared by all processes that use the same folder.
+
+    Parameters
+    ----------
+    path : path
+        sqlite file.
+    engine : str
+        Fingerprint; texts of other engines are not seen.
+    """
+
+    def __init__(self, path: Path, engine: str) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.executescript(SCHEMA)
+        self._seen = 0
+        self._anchors: dict[str, dict[int, set[str]]] = {}
+
+    def add(self, texts: Iterable[tuple[str, str | None]]) -> None:
+        """Remember ``(text, tag)`` pairs; texts shorter than `ANCHOR` characters are passed over."""
+        rows = [
+            (self._engine, _sha256(text), text[:ANCHOR], len(text), tag)
+            for text, tag in texts
+            if len(text) >= ANCHOR
+        ]
+        with self._lock, self._db:
+            self._db.executemany(
+                "INSERT OR IGNORE INTO texts (engine, sha256, anchor, chars, tag) VALUES (?,?,?,?,?)",
+                rows,
+            )
+
+    def forget(self, tag: str) -> None:
+        """Forget the texts with this tag."""
+        with self._lock:
+            self._db.execute("DELETE FROM texts WHERE tag = ?", (tag,))
+            self._seen, self._anchors = 0, {}
+
+    def find(self, text: str) -> list[Match]:
+        """Known texts inside ``text``, leftmost first, the longest where several begin together."""
+        with self._lock:
+            self._refresh()
+            anchors = self._anchors
+            matches, at = [], 0
+            while at + ANCHOR <= len(text):
+                lengths = anchors.get(text[at : at + ANCHOR])
+                stop = self._longest(text, at, lengths) if lengths else None
+                if stop is None:
+                    at += 1
+                else:
+                    matches.append(Match(at, stop))
+                    at = stop
+            return matches
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @staticmethod
+    def _longest(text: str, start: int, lengths: dict[int, set[str]]) -> int | None:
+        for chars in sorted(lengths, reverse=True):
+            if start + chars <= len(text):
+                stop = start + chars
+                if _sha256(text[start:stop]) in lengths[chars]:
+                    return stop
+        return None
+
+    def _refresh(self) -> None:
+        """Read what this or another process has added since."""
+        rows = self._db.execute(
+            "SELECT id, sha256, anchor, chars FROM texts WHERE id > ? AND engine = ? ORDER BY id",
+            (self._seen, self._engine),
+        )
+        for self._seen, sha256, anchor, chars in rows:
+            self._anchors.setdefault(anchor, {}).setdefault(chars, set()).add(sha256)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

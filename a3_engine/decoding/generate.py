@@ -1,0 +1,133 @@
+"""Answers by transformers' own `generate`, on a fused cache or by ordinary prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache
+
+from a3_engine.decoding.streaming import TextEmitter
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        Upper bound of the answer's length.
+    temperature : float
+        0 picks the likeliest token; above, the distribution is sampled.
+    top_p, top_k : float, int or None
+        Restrict sampling; None is off.
+    repetition_penalty : float
+        1.0 is off.
+    stop : tuple of str
+        The answer ends before the first of these.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, as {self.temperature} is.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p lies above 0 and up to 1, not at {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
+
+    def config(self, eos_token_id: Any, pad_token_id: int | None) -> GenerationConfig:
+        """The same in transformers' terms; a model's own sampling defaults do not leak in."""
+        values: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "do_sample": self.temperature > 0,
+        }
+        if self.temperature > 0:
+            values |= {
+                "temperature": self.temperature,
+                "top_p": 1.0 if self.top_p is None else self.top_p,
+                "top_k": 0 if self.top_k is None else self.top_k,
+            }
+        return GenerationConfig(**values)
+
+
+class _Follow(StoppingCriteria):
+    """Hands every new token to the emitter, and ends what has reached a stop string or is abandoned.
+
+    transformers calls its streamer only after the criteria, one token too late for stop strings.
+    """
+
+    def __init__(self, emitter: TextEmitter, abandoned: Callable[[], bool]) -> None:
+        self._emitter = emitter
+        self._abandoned = abandoned
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._emitter.put(int(input_ids[0, -1]))
+        halt = self._emitter.stopped or self._abandoned()
+        return torch.full((input_ids.shape[0],), halt, device=input_ids.device)
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    cache: Cache | None,
+    sampling: Sampling,
+    emitter: TextEmitter,
+    abandoned: Callable[[], bool],
+) -> str:
+    """Generate an answer to the prompt ``ids`` and return why it ended.
+
+    A pending `FusedCache` makes the prefill of `generate` the fusion pass; None is ordinary
+    prefill.
+
+    Returns
+    -------
+    str
+        ``"stop"`` (end token or stop string), ``"length"``, or ``"abandoned"``.
+    """
+    device = model.get_input_embeddings().weight.device
+    inputs = torch.tensor([list(ids)], device=device)
+    own = model.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    extra = {} if cache is None else {"past_key_values": cache}
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        generation_config=sampling.config(eos, pad),
+        stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned)]),
+        **extra,
+    )
+    emitter.end()
+    if abandoned():
+        return "abandoned"
+    ends = eos if isinstance(eos, list) else [eos]
+    ended = emitter.stopped or int(output[0, -1]) in ends
+    return "stop" if ended else "length"

