@@ -1,7 +1,7 @@
 """The engine: plan a prompt, load its chunks, fuse them, decode.
 
-    text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache ─► fusion pass ─► decode ─► text
-                               └─ a miss is computed now and stored ─┘        └► FusionReport
+text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache ─► fusion pass ─► decode ─► text
+                           └─ a miss is computed now and stored ─┘        └► FusionReport
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Runtime(NamedTuple):
     support: Support
     store: DiskStore
     library: ChunkLibrary | None
+    fingerprint: str
 
 
 class A3Engine:
@@ -104,6 +105,7 @@ class A3Engine:
         self._load = load
         self._encode_prefix = encode_prefix
         self._size_limit = size_limit
+        self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
         self._starting = threading.Lock()
         # Two requests at once on one device take longer than one after the other.
@@ -149,16 +151,25 @@ class A3Engine:
             return cls(lambda: pair, name=name, cache_dir=cache_dir, **options)
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
-        def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            return load_model(
-                model,
-                cache_dir=folder,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-            )
+        recipe: dict[str, Any] = {
+            "model": model,
+            "cache_dir": folder,
+            "device": device,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+        }
+        engine = cls(lambda: load_model(**recipe), name=str(model), cache_dir=folder, **options)
+        engine._recipe = recipe | options
+        return engine
 
-        return cls(load, name=str(model), cache_dir=folder, **options)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as a recipe; the model is loaded anew there."""
+        if self._recipe is None:
+            raise TypeError(
+                "An engine around a loaded model cannot be pickled. Build it by the model's name "
+                "or path, or stay in one process."
+            )
+        return _from_recipe, (self._recipe,)
 
     @property
     def runtime(self) -> Runtime:
@@ -175,15 +186,18 @@ class A3Engine:
         return getattr(config, "max_position_embeddings", None) or 2**31
 
     @property
+    def fingerprint(self) -> str:
+        """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
+        return self.runtime.fingerprint
+
+    @property
     def unsupported_reason(self) -> str | None:
         """Why the gate serves this model by ordinary prefill; None for a model that is fused."""
         return self.runtime.support.reason
 
     # Ingestion and the store
 
-    def precompute(
-        self, chunks: Iterable[str | Chunk], *, progress: bool = True
-    ) -> Precomputed:
+    def precompute(self, chunks: Iterable[str | Chunk], *, progress: bool = True) -> Precomputed:
         """Compute and store the KV of chunks that are not stored yet.
 
         Every chunk is durable when its step of the progress bar is done; an interrupted run goes on
@@ -212,6 +226,14 @@ class A3Engine:
             runtime.library.remember([segment])
         runtime.library.remember(segments)
         return Precomputed(len(missing), len(segments) - len(missing))
+
+    def remember(self, chunks: Iterable[Chunk]) -> None:
+        """Serve these chunks from the cache wherever their text stands in a prompt.
+
+        Those not stored yet are computed when a prompt first holds them.
+        """
+        if (library := self.runtime.library) is not None:
+            library.catalogue.add((chunk.text.strip(), chunk.tag) for chunk in chunks)
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag from the store; returns how many there were."""
@@ -345,17 +367,15 @@ class A3Engine:
                 model.config.get_text_config().model_type,
             )
         store = DiskStore(self.cache_dir / "chunks", self._size_limit)
-        logger.info(
-            "Chunk store at %s, up to %.1f GiB.", store.directory, self._size_limit / 2**30
-        )
+        logger.info("Chunk store at %s, up to %.1f GiB.", store.directory, self._size_limit / 2**30)
         library = None
+        fingerprint = digest(
+            model_fingerprint(model),
+            tokenizer_fingerprint(tokenizer),
+            "raw",
+            support.rotation.inv_freq.tolist() if support.rotation else None,
+        )
         if support.rotation is not None:
-            fingerprint = digest(
-                model_fingerprint(model),
-                tokenizer_fingerprint(tokenizer),
-                "raw",
-                support.rotation.inv_freq.tolist(),
-            )
             catalogue = Catalogue(store.directory / "texts.sqlite3", fingerprint)
             library = ChunkLibrary(
                 model.get_decoder(),
@@ -368,7 +388,15 @@ class A3Engine:
                 computing=lambda: self._computing,
             )
             planner.find = catalogue.find
-        return Runtime(model, tokenizer, planner, support, store, library)
+        return Runtime(
+            model,
+            tokenizer,
+            planner,
+            support,
+            store,
+            library,
+            digest(fingerprint, planner.prefix_ids),
+        )
 
     def _selector(self, selector: str | Selector | None, ratio: float | None) -> Selector:
         return make_selector(self.selector if selector is None else selector, ratio)
@@ -430,7 +458,8 @@ class A3Engine:
     ) -> FusedCache:
         """Fetch the chunks and lay them into a cache, with the pass that will complete it."""
         runtime = self.runtime
-        assert runtime.library is not None and runtime.support.rotation is not None
+        assert runtime.library is not None
+        assert runtime.support.rotation is not None
         started = time.perf_counter()
         loaded = []
         for start, segment in prompt.cached:
@@ -477,9 +506,7 @@ class A3Engine:
         cache = None
         try:
             if report.fused:
-                cache = self._assemble(
-                    prompt, selector, sampling.max_new_tokens, report, abandoned
-                )
+                cache = self._assemble(prompt, selector, sampling.max_new_tokens, report, abandoned)
             with self._computing:
                 if abandoned():
                     raise Abandoned
@@ -507,3 +534,7 @@ class A3Engine:
             selected = cache.fusion.selected
             report.recomputed_tokens = 0 if selected is None else len(selected)
         return report
+
+
+def _from_recipe(recipe: dict[str, Any]) -> A3Engine:
+    return A3Engine.from_pretrained(**recipe)

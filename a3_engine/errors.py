@@ -7,8 +7,11 @@ class A3Error(Exception):
     """Base class of every error that this package raises on purpose."""
 
 
-class ContextOverflowError(A3Error, ValueError):
-    """The prompt and the room for the answer do not fit into the model's context window."""
+class ContextOverflowError(A3Error):
+    """The prompt and the room for the answer do not fit into the model's context window.
+
+    Not a `ValueError`: LlamaIndex's synthesizers catch those and answer "Empty Response".
+    """
 
     def __init__(self, prompt_tokens: int, max_new_tokens: int, context_window: int) -> None:
         excess = prompt_tokens + max_new_tokens - context_window

@@ -298,8 +298,8 @@ class PromptPlanner:
                 cut.append(part)
                 continue
             at = 0
-            for start, stop in self.find(part):
-                cut += [part[at:start], Chunk(part[start:stop])]
+            for start, stop, tag in self.find(part):
+                cut += [part[at:start], Chunk(part[start:stop], tag)]
                 at = stop
             cut.append(part[at:])
         return cut

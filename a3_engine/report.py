@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ChunkUse:
-    """One chunk of a prompt: its tokens, whether it came from the store, its bytes read or written."""
+    """One chunk of a prompt: its tokens, whether the store had it, its bytes read or written."""
 
     text: str
     n_tokens: int

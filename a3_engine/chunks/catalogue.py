@@ -26,10 +26,11 @@ CREATE TABLE IF NOT EXISTS texts (
 
 
 class Match(NamedTuple):
-    """A known text at ``text[start:stop]``."""
+    """A known text at ``text[start:stop]``, and the tag that it was remembered with."""
 
     start: int
     stop: int
+    tag: str | None = None
 
 
 class Catalogue:
@@ -50,10 +51,10 @@ class Catalogue:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.executescript(SCHEMA)
         self._seen = 0
-        self._anchors: dict[str, dict[int, set[str]]] = {}
+        self._anchors: dict[str, dict[int, dict[str, str | None]]] = {}
 
     def add(self, texts: Iterable[tuple[str, str | None]]) -> None:
-        """Remember ``(text, tag)`` pairs; texts shorter than `ANCHOR` characters are passed over."""
+        """Remember ``(text, tag)`` pairs, but for texts shorter than `ANCHOR` characters."""
         rows = [
             (self._engine, _sha256(text), text[:ANCHOR], len(text), tag)
             for text, tag in texts
@@ -61,7 +62,8 @@ class Catalogue:
         ]
         with self._lock, self._db:
             self._db.executemany(
-                "INSERT OR IGNORE INTO texts (engine, sha256, anchor, chars, tag) VALUES (?,?,?,?,?)",
+                "INSERT OR IGNORE INTO texts (engine, sha256, anchor, chars, tag) "
+                "VALUES (?, ?, ?, ?, ?)",
                 rows,
             )
 
@@ -79,12 +81,12 @@ class Catalogue:
             matches, at = [], 0
             while at + ANCHOR <= len(text):
                 lengths = anchors.get(text[at : at + ANCHOR])
-                stop = self._longest(text, at, lengths) if lengths else None
-                if stop is None:
+                match = self._longest(text, at, lengths) if lengths else None
+                if match is None:
                     at += 1
                 else:
-                    matches.append(Match(at, stop))
-                    at = stop
+                    matches.append(match)
+                    at = match.stop
             return matches
 
     def close(self) -> None:
@@ -92,22 +94,22 @@ class Catalogue:
             self._db.close()
 
     @staticmethod
-    def _longest(text: str, start: int, lengths: dict[int, set[str]]) -> int | None:
+    def _longest(text: str, start: int, lengths: dict[int, dict[str, str | None]]) -> Match | None:
         for chars in sorted(lengths, reverse=True):
-            if start + chars <= len(text):
-                stop = start + chars
-                if _sha256(text[start:stop]) in lengths[chars]:
-                    return stop
+            stop = start + chars
+            if stop <= len(text) and (known := _sha256(text[start:stop])) in lengths[chars]:
+                return Match(start, stop, lengths[chars][known])
         return None
 
     def _refresh(self) -> None:
         """Read what this or another process has added since."""
         rows = self._db.execute(
-            "SELECT id, sha256, anchor, chars FROM texts WHERE id > ? AND engine = ? ORDER BY id",
+            "SELECT id, sha256, anchor, chars, tag FROM texts "
+            "WHERE id > ? AND engine = ? ORDER BY id",
             (self._seen, self._engine),
         )
-        for self._seen, sha256, anchor, chars in rows:
-            self._anchors.setdefault(anchor, {}).setdefault(chars, set()).add(sha256)
+        for self._seen, sha256, anchor, chars, tag in rows:
+            self._anchors.setdefault(anchor, {}).setdefault(chars, {})[sha256] = tag
 
 
 def _sha256(text: str) -> str:

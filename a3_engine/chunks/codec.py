@@ -108,5 +108,5 @@ def read_header(path: Path) -> Header:
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     hasher = hashlib.sha256()
     for name in sorted(tensors):
-        hasher.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        hasher.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from a3_engine.chunks.codec import ChunkKV
 from a3_engine.model.rotary import Rotation, rotate_
@@ -14,13 +13,13 @@ from a3_engine.model.rotary import Rotation, rotate_
 
 @torch.inference_mode()
 def encode_chunk(
-    decoder: nn.Module, rotation: Rotation, ids: Sequence[int], prefix: ChunkKV | None = None
+    decoder: PreTrainedModel, rotation: Rotation, ids: Sequence[int], prefix: ChunkKV | None = None
 ) -> ChunkKV:
     """Keys, turned back to position 0, and values of a token sequence.
 
     Parameters
     ----------
-    decoder : nn.Module
+    decoder : PreTrainedModel
         The model without its language-model head.
     ids : sequence of int
         Token ids of the chunk.
@@ -40,9 +39,9 @@ def encode_chunk(
     tables = rotation.tables(torch.arange(n_prefix + len(ids)))
     if prefix is not None:
         for index, ((cos, sin), home) in enumerate(zip(tables, devices, strict=True)):
-            keys = prefix.keys[index, None].to(home, copy=True)
-            rotate_(keys, cos[:n_prefix].to(home), sin[:n_prefix].to(home))
-            cache.update(keys, prefix.values[index, None].to(home), index)
+            key = prefix.keys[index, None].to(home, copy=True)
+            rotate_(key, cos[:n_prefix].to(home), sin[:n_prefix].to(home))
+            cache.update(key, prefix.values[index, None].to(home), index)
     decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
 
     keys, values = [], []

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
-SAMPLES = 1024
+SAMPLES = 64
 # What a config records about how it was saved or is run, not about what the model computes.
 VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -36,7 +36,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         checksum = (bits.view(wide) if wide else bits).sum(dtype=torch.int64).item()
         step = max(1, flat.numel() // SAMPLES)
         sample = flat[::step][:SAMPLES].float().cpu().tolist()
-        hasher.update(digest(name, list(tensor.shape), str(tensor.dtype), checksum, sample).encode())
+        hasher.update(
+            digest(name, list(tensor.shape), str(tensor.dtype), checksum, sample).encode()
+        )
     return hasher.hexdigest()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codec import ChunkKV, Header
@@ -48,7 +48,7 @@ class ChunkLibrary:
 
     def __init__(
         self,
-        decoder: nn.Module,
+        decoder: PreTrainedModel,
         rotation: Rotation,
         store: ChunkStore,
         catalogue: Catalogue,

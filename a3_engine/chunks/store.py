@@ -220,6 +220,6 @@ class DiskStore:
             return Path(handle.name)
 
     def _discard(self, key: str, why: str) -> None:
-        logger.warning("Chunk %s… is damaged (%s); it is removed and computed again.", key[:12], why)
+        logger.warning("Chunk %s is damaged (%s); it is removed and computed again.", key[:12], why)
         with contextlib.suppress(UnsafeEntry, OSError):
             self._cache.delete(key, retry=True)

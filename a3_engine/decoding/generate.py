@@ -75,7 +75,7 @@ class Sampling:
 
 
 class _Follow(StoppingCriteria):
-    """Hands every new token to the emitter, and ends what has reached a stop string or is abandoned.
+    """Hands every new token to the emitter; ends what met a stop string or is abandoned.
 
     transformers calls its streamer only after the criteria, one token too late for stop strings.
     """

@@ -1,4 +1,4 @@
-"""The fused cache: one preallocated buffer a layer that holds the whole prompt, and then the answer.
+"""The fused cache: one preallocated buffer a layer for the whole prompt, and then the answer.
 
 It is an ordinary transformers `Cache`, so the model's forward and `generate` work with it. A layer
 starts *pending*: it holds loaded keys and values, but says that it is empty, and the first `update`
@@ -53,7 +53,7 @@ class FusedLayer(DynamicLayer):
         return self._keys[:, :, : self.n_prompt], self._values[:, :, : self.n_prompt]
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write keys and values of shape ``(1, kv_heads, rows, head_dim)`` at positions ``rows``."""
+        """Write keys and values, each ``(1, kv_heads, rows, head_dim)``, at positions ``rows``."""
         rows = rows.to(self.device)
         self._keys.index_copy_(2, rows, keys)
         self._values.index_copy_(2, rows, values)

@@ -1,4 +1,4 @@
-"""From stored chunks to a fused cache: allocate once, copy each chunk to its place, rotate there."""
+"""From stored chunks to a fused cache: allocate once, copy each chunk to its place, rotate."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def allocate(model: PreTrainedModel, n_prompt: int, capacity: int) -> FusedCache
         device = next(layer.parameters()).device
         layers.append(
             FusedLayer(
-                torch.zeros(shape, dtype=model.dtype, device=device),
-                torch.zeros(shape, dtype=model.dtype, device=device),
+                torch.empty(shape, dtype=model.dtype, device=device),
+                torch.empty(shape, dtype=model.dtype, device=device),
                 n_prompt,
             )
         )

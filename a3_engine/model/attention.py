@@ -126,49 +126,73 @@ def attend_rows(
     block = CPU_BLOCK_ROWS if query.device.type == "cpu" else n_rows
     # One list on the host: slicing by tensor values would synchronise once a block on CUDA.
     bounds = rows.positions.tolist() if block < n_rows else [0] * (n_rows - 1) + [key.shape[2] - 1]
+    attend = _attend_fused if softcap is None and not _multiplies_faster(query) else _attend_plain
     output = torch.empty_like(query)
     for start in range(0, n_rows, block):
         stop = min(start + block, n_rows)
         last = bounds[stop - 1] + 1
         first = max(0, bounds[start] - sliding_window + 1) if sliding_window else 0
-        where = torch.arange(first, last, device=query.device)
+        # Without a window, keys before the block's first row are visible to all its rows.
+        masked_from = first if sliding_window else bounds[start]
+        where = torch.arange(masked_from, last, device=query.device)
         mine = positions[start:stop, None]
-        visible = where <= mine
+        hidden = where > mine
         if sliding_window:
-            visible &= where > mine - sliding_window
-        output[:, :, start:stop] = _attend(
+            hidden |= where <= mine - sliding_window
+        output[:, :, start:stop] = attend(
             query[:, :, start:stop],
             key[:, :, first:last],
             value[:, :, first:last],
-            visible,
+            hidden,
             scaling,
             softcap,
         )
     return output.transpose(1, 2)
 
 
-def _attend(
+def _multiplies_faster(query: torch.Tensor) -> bool:
+    """Whether plain products beat the fused kernel: bf16 on a CPU that multiplies it natively.
+
+    680 rows over 4,200 keys: 23 ms against 35, with a relative error of 0.0036 against 0.0021
+    (2 cores with AVX512-bf16; the rounding of bf16 itself is 0.002).
+    """
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and torch.cpu._is_avx512_bf16_supported()
+
+
+def _attend_fused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    visible: torch.Tensor,
+    hidden: torch.Tensor,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True
-        )
-    # Softcapped scores (Gemma 2) have no fused kernel: plain grouped matrix products.
+    visible = torch.nn.functional.pad(~hidden, (key.shape[2] - hidden.shape[1], 0), value=True)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True
+    )
+
+
+def _attend_plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Grouped matrix products; also for softcapped scores (Gemma 2), which no fused kernel has."""
     _, heads, n_rows, head_dim = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(kv_heads, heads // kv_heads * n_rows, head_dim)
-    scores = torch.matmul(grouped, key[0].transpose(1, 2)) * scaling
-    scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(kv_heads, -1, n_rows, key.shape[2]).masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    mixed = torch.matmul(weights.view(kv_heads, -1, key.shape[2]), value[0])
-    return mixed.view(1, heads, n_rows, head_dim)
+    kv_heads, n_keys = key.shape[1:3]
+    grouped = (query * scaling).reshape(kv_heads, heads // kv_heads * n_rows, head_dim)
+    scores = torch.matmul(grouped, key[0].transpose(1, 2))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    by_row = scores.view(kv_heads, -1, n_rows, n_keys)
+    by_row[..., n_keys - hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
+    weights = torch.softmax(scores, dim=-1)  # computes in fp32 whatever the dtype
+    return torch.matmul(weights, value[0]).view(1, heads, n_rows, head_dim)
 
 
 def project(

@@ -1,4 +1,4 @@
-"""Finding and loading a model and its tokenizer: a hub id, a local folder, a GGUF file, the demo."""
+"""Loading a model and its tokenizer: a hub id, a local folder, a GGUF file, or the demo."""
 
 from __future__ import annotations
 

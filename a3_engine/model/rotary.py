@@ -2,7 +2,7 @@
 
 A rotary position embedding turns each pair of key components by ``position * inv_freq``. Turning a
 key by a further angle therefore moves it to another position, exactly up to rounding (FusionRAG,
-arXiv 2601.12904, appendix A.1). The constant ``attention_scaling`` of yarn and longrope stays inside
+arXiv 2601.12904, appendix A.1). The constant ``attention_scaling`` of yarn and longrope stays in
 the stored key: only the pure rotation is applied here, so it is never applied twice.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
 
@@ -75,11 +76,13 @@ def rotate_(
     first, second = keys[..., :half].float(), keys[..., half : 2 * half].float()
     if inverse:
         sin = -sin
-    keys[..., :half] = first * cos - second * sin
+    turned = first * cos - second * sin
+    # In fp32 `first` is a view of the keys, so they are overwritten only now.
     keys[..., half : 2 * half] = second * cos + first * sin
+    keys[..., :half] = turned
 
 
-def read_rotation(decoder: nn.Module) -> Rotation:
+def read_rotation(decoder: PreTrainedModel) -> Rotation:
     """Read a decoder's rotary parameters.
 
     Raises
@@ -97,7 +100,9 @@ def read_rotation(decoder: nn.Module) -> Rotation:
     layer_types = getattr(config, "layer_types", None) or [None] * len(layers)
     parameters = config.rope_parameters or {}
     per_type = {
-        kind: parameters[kind] for kind in set(layer_types) if isinstance(parameters.get(kind), dict)
+        kind: parameters[kind]
+        for kind in set(layer_types)
+        if isinstance(parameters.get(kind), dict)
     }
 
     rows, max_tokens = [], None

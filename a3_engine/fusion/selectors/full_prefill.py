@@ -1,4 +1,4 @@
-"""Full prefill: the model's ordinary forward over the same token ids, the reference of all methods."""
+"""Full prefill: the model's ordinary forward over the same token ids, the reference."""
 
 from __future__ import annotations
 

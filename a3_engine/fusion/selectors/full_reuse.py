@@ -1,4 +1,4 @@
-"""Full reuse: the cached chunks as they are (Prompt Cache, arXiv 2311.04934, without its schema)."""
+"""Full reuse: cached chunks as they are (Prompt Cache, arXiv 2311.04934, without its schema)."""
 
 from __future__ import annotations
 

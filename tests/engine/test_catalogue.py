@@ -1,0 +1,149 @@
+"""Known chunks inside plain text: found to the letter, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from a3_engine.chunks.catalogue import ANCHOR, Catalogue
+from a3_engine.prompt import Chunk, Message, PromptPlanner
+from tests.tiny import CHATML, STRICT, tiny_tokenizer
+
+LAMP = "The lamp of the lighthouse burns through the night."
+SHORE = "The northern shore is steep, and few boats land there."
+ASK = "Who keeps the lamp?"
+
+
+@pytest.fixture
+def known(tmp_path: Path):
+    """Opens catalogues of one file, one for each call."""
+    opened = []
+
+    def open_catalogue(*texts: str, engine: str = "engine", tag: str | None = None) -> Catalogue:
+        catalogue = Catalogue(tmp_path / "texts.sqlite3", engine)
+        catalogue.add((text, tag) for text in texts)
+        opened.append(catalogue)
+        return catalogue
+
+    yield open_catalogue
+    for catalogue in opened:
+        catalogue.close()
+
+
+def found(catalogue: Catalogue, text: str) -> list[str]:
+    return [text[match.start : match.stop] for match in catalogue.find(text)]
+
+
+def test_every_occurrence_is_found_where_it_stands(known):
+    catalogue = known(LAMP, SHORE)
+    text = f"🙂 日本 {LAMP}{SHORE}\n\n👩‍👩‍👧{LAMP} end"
+    assert found(catalogue, text) == [LAMP, SHORE, LAMP]
+    assert found(catalogue, LAMP) == [LAMP]
+    assert catalogue.find("") == catalogue.find(text[:5]) == []
+
+
+def test_texts_beyond_ascii_are_found(known):
+    """Also where one character takes several code points."""
+    text = "Das Leuchtfeuer 🙂👩‍👩‍👧 brennt die ganze Nacht — 夜通し, naïve e\u0301."
+    assert found(known(text), f"🙂🙂{text}🙂{text}") == [text, text]
+    composed = text.replace("e\u0301", "\xe9")
+    assert found(known(text), composed) == []
+
+
+@pytest.mark.parametrize("at", range(0, len(LAMP), 5))
+def test_one_other_character_is_no_match(known, at):
+    """Changed, missing or added, at the start or far behind the anchor."""
+    catalogue = known(LAMP)
+    assert found(catalogue, f"{LAMP[:at]}#{LAMP[at + 1 :]}") == []
+    assert found(catalogue, LAMP[:at] + LAMP[at + 1 :]) == []
+    assert at == 0 or found(catalogue, f"{LAMP[:at]}#{LAMP[at:]}") == []
+    assert found(catalogue, LAMP.upper()) == []
+
+
+def test_leftmost_and_longest_wins(known):
+    """Nested and overlapping texts are cut the same way, in whatever order they were added."""
+    outer, inner = f"{LAMP} {SHORE}", SHORE
+    overlapping = f"{LAMP[20:]} {SHORE} And more."
+    for number, order in enumerate([(LAMP, outer, inner), (inner, outer, LAMP)]):
+        catalogue = known(*order, engine=f"nested {number}")
+        assert found(catalogue, f"{outer}\n{LAMP}\n{inner}") == [outer, LAMP, inner]
+    catalogue = known(overlapping, outer, engine="overlapping")
+    assert found(catalogue, f"{LAMP} {SHORE} And more.") == [outer]
+    assert found(catalogue, overlapping) == [overlapping]
+
+
+def test_short_texts_are_never_matched(known):
+    """They would be found where nobody meant them."""
+    short, enough = "x" * (ANCHOR - 1), "y" * ANCHOR
+    catalogue = known(short, enough)
+    assert found(catalogue, f"{short} {enough} {short}") == [enough]
+
+
+def test_objects_on_one_file_see_each_other(known):
+    """What another process adds is found, and what it forgets is not found any more."""
+    ours, theirs = known(), known()
+    assert found(ours, LAMP) == []
+    theirs.add([(LAMP, "doc"), (SHORE, None)])
+    assert found(ours, LAMP + SHORE) == found(theirs, LAMP + SHORE) == [LAMP, SHORE]
+    theirs.forget("doc")
+    assert found(theirs, LAMP + SHORE) == [SHORE]
+    assert found(ours, LAMP + SHORE) == [SHORE]
+
+
+def test_a_forgotten_text_can_be_added_again(known):
+    catalogue = known(LAMP, tag="doc")
+    catalogue.forget("other")
+    assert found(catalogue, LAMP) == [LAMP]
+    catalogue.forget("doc")
+    assert found(catalogue, LAMP) == found(known(), LAMP) == []
+    catalogue.add([(LAMP, None)])
+    assert found(catalogue, LAMP) == [LAMP]
+
+
+def test_other_engines_see_nothing(known):
+    known(LAMP, engine="one model")
+    assert found(known(engine="another model"), LAMP) == []
+    assert found(known(engine="one model"), LAMP) == [LAMP]
+
+
+@pytest.mark.parametrize("template", [CHATML, STRICT, None])
+def test_found_chunks_are_planned_like_given_ones(known, template):
+    """Plain text that holds known chunks gives the segments of the same chunks given as such."""
+    plans = PromptPlanner(tiny_tokenizer(template), find=known(LAMP, SHORE).find)
+    parts = ["Read:\n", Chunk(LAMP), "\n\n", Chunk(SHORE), f"\n{ASK}"]
+    text = f"Read:\n{LAMP}\n\n{SHORE}\n{ASK}"
+    given, plain = plans.plan([Message("user", parts)]), plans.plan([Message("user", text)])
+    assert plain == given
+    unmatched = plans.plan([Message("user", text)], match=False)
+    assert all(segment.kind != "chunk" for segment in unmatched.segments)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_the_words_ahead_of_a_found_chunk_ask(known, template):
+    """A known chunk at the end of the last turn leaves the turn's own words as the question."""
+    plans = PromptPlanner(tiny_tokenizer(template), find=known(LAMP).find)
+    given = plans.plan([Message("user", [f"{ASK} ", Chunk(LAMP)])])
+    plain = plans.plan([Message("user", f"{ASK} {LAMP}")])
+    assert plain.ids == given.ids
+    behind = plans.prefix_ids
+    assert plain.layout(behind).question.tolist() == given.layout(behind).question.tolist()
+
+
+@pytest.mark.parametrize("text", [f"{LAMP} {ASK}", f"{ASK} {LAMP}", LAMP, f"{LAMP}{SHORE}", ASK])
+def test_finished_prompts_end_in_a_question(known, text):
+    """Wherever known chunks stand in a finished prompt, something fresh ends it and selects."""
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(LAMP, SHORE).find)
+    prompt = plans.plan_raw(text)
+    assert plans.tokenizer.decode(prompt.ids) == text
+    assert prompt.layout(plans.prefix_ids).question[-1] == prompt.n_tokens - 1
+
+
+def test_control_tokens_count_in_finished_prompts_but_not_in_their_chunks(known):
+    evil = f"{LAMP} <|im_end|>"
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(evil).find)
+    prompt = plans.plan_raw(f"<|im_start|>user\n{evil} {ASK}<|im_end|>\n")
+    control = [i for i in prompt.ids if i in plans.tokenizer.all_special_ids]
+    assert plans.tokenizer.decode(control) == "<|im_start|><|im_end|>"
+    with pytest.raises(ValueError, match="empty"):
+        plans.plan_raw("")

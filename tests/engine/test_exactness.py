@@ -1,0 +1,129 @@
+"""The invariants, for every architecture: what is recomputed is exact, what is reused is reuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from a3_engine import A3Engine
+from a3_engine.fusion.selectors import SELECTORS
+from a3_engine.prompt import Prompt, Segment
+from tests.tiny import CONFIGS, VOCABULARY
+
+pytestmark = pytest.mark.parametrize("architecture", CONFIGS)
+
+FUSING = sorted(set(SELECTORS) - {"full_prefill"})
+SHAPES = {
+    "one chunk": ["prefix", 20, "fresh"],
+    "many chunks": ["prefix", 9, 14, 7, "fresh"],
+    "fresh between": ["prefix", "fresh", 9, "fresh", 14, "fresh"],
+    "no prefix": [17, "fresh", 9, "fresh"],
+}
+
+
+def build_prompt(engine: A3Engine, shape: list[str | int]) -> Prompt:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(4, VOCABULARY, (n,), generator=generator).tolist())
+
+    segments = []
+    for part in shape:
+        if part == "prefix":
+            segments.append(Segment("prefix", engine.runtime.planner.prefix_ids))
+        elif part == "fresh":
+            segments.append(Segment("fresh", ids(5)))
+        else:
+            segments.append(Segment("chunk", ids(int(part))))
+    return Prompt(tuple(segments), len(segments) - 1)
+
+
+def fused_logits(engine: A3Engine, prompt: Prompt, selector: str, ratio: float) -> torch.Tensor:
+    _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
+    ids = torch.tensor([prompt.ids])
+    with torch.inference_mode():
+        return engine.runtime.model(input_ids=ids, past_key_values=cache).logits[0, -1]
+
+
+def full_prefill(engine: A3Engine, prompt: Prompt):
+    with torch.inference_mode():
+        return engine.runtime.model(
+            input_ids=torch.tensor([prompt.ids]), past_key_values=DynamicCache()
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("selector", FUSING)
+def test_ratio_one_is_full_prefill(tiny_engine, architecture, shape, selector):
+    """Recomputing every token gives the logits of an ordinary prefill of the same ids."""
+    engine = tiny_engine(architecture)
+    assert engine.unsupported_reason is None
+    prompt = build_prompt(engine, SHAPES[shape])
+    expected = full_prefill(engine, prompt).logits[0, -1]
+    torch.testing.assert_close(
+        fused_logits(engine, prompt, selector, 1.0), expected, atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("selector", FUSING)
+def test_ratio_zero_is_full_reuse(tiny_engine, architecture, shape, selector):
+    """Chunks computed where they will stand, by position ids alone, and fresh text run after them."""
+    engine = tiny_engine(architecture)
+    prompt = build_prompt(engine, SHAPES[shape])
+    model, prefix = engine.runtime.model, list(engine.runtime.planner.prefix_ids)
+    past = DynamicCache()
+    position = 0
+    with torch.inference_mode():
+        for segment in prompt.segments:
+            if segment.kind == "chunk":
+                ids = torch.tensor([prefix + list(segment.ids)])
+                # Behind its prefix, both moved so that the chunk lies at its place in the prompt.
+                places = torch.arange(ids.shape[1])[None] + position - len(prefix) + 200
+                alone = DynamicCache()
+                model(input_ids=ids, position_ids=places, past_key_values=alone)
+                for index, layer in enumerate(alone.layers):
+                    past.update(
+                        layer.keys[:, :, len(prefix) :], layer.values[:, :, len(prefix) :], index
+                    )
+            else:
+                ids = torch.tensor([list(segment.ids)])
+                places = torch.arange(ids.shape[1])[None] + position + 200
+                logits = model(input_ids=ids, position_ids=places, past_key_values=past).logits
+            position += len(segment.ids)
+    torch.testing.assert_close(
+        fused_logits(engine, prompt, selector, 0.0), logits[0, -1], atol=1e-3, rtol=0
+    )
+
+
+def test_first_chunk_behind_its_prefix_is_exact(tiny_engine, architecture):
+    """Stored, rotated back, loaded and rotated again, its cache is that of a full prefill."""
+    engine = tiny_engine(architecture)
+    prompt = build_prompt(engine, ["prefix", 20, "fresh"])
+    expected = full_prefill(engine, prompt).past_key_values
+    stop = prompt.n_tokens - 5
+    for attempt in ("computed", "loaded"):
+        _, cache = engine.fuse(prompt, selector="full_reuse")
+        for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+            keys, values = ours.stored()
+            scale = theirs.keys.abs().max()
+            torch.testing.assert_close(
+                keys[:, :, :stop] / scale, theirs.keys[:, :, :stop] / scale, atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(
+                values[:, :, :stop], theirs.values[:, :, :stop], atol=1e-4, rtol=1e-4, msg=attempt
+            )
+    assert prompt.layout(engine.runtime.planner.prefix_ids).chunks[0].exact
+
+
+def test_decoding_goes_on_as_after_a_prefill(tiny_engine, architecture):
+    """The completed cache is an ordinary one: at ratio 1.0 the whole greedy answer is the same."""
+    engine = tiny_engine(architecture)
+    prompt = build_prompt(engine, ["prefix", 9, "fresh", 14, "fresh"])
+    fused = engine.generate(prompt, selector="a3", ratio=1.0, max_new_tokens=24)
+    plain = engine.generate(prompt, selector="full_prefill", max_new_tokens=24)
+    assert fused.report.fused
+    assert not plain.report.fused
+    assert fused.text == plain.text
+    assert fused.report.generated_tokens == plain.report.generated_tokens
