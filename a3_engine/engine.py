@@ -27,10 +27,12 @@ from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Wor
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.drift import Drift
 from a3_engine.fusion.fuse import Abandoned, FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
+from a3_engine.fusion.scoring import question_attention
 from a3_engine.fusion.selectors import DEFAULT, make_selector
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.base import LayerSelector, QuestionSelector, Selector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.model.loading import default_cache_dir, load_model
 from a3_engine.model.support import Support, examine
@@ -482,7 +484,18 @@ class A3Engine:
             load_chunks(cache, runtime.support.rotation, loaded)
             report.load_s = time.perf_counter() - started - report.encode_s
             layout = prompt.layout(runtime.library.prefix_ids)
-            FusionPass(cache, layout, selector, abandoned)
+            drift = (
+                Drift(selector.repair, layout, runtime.support.rotation)
+                if selector.repair
+                else None
+            )
+            fusion = FusionPass(cache, layout, selector, abandoned, drift)
+            if isinstance(selector, QuestionSelector) and fusion.selected is None:
+                layers = selector.layers(len(cache.layers))
+                attention = question_attention(
+                    runtime.model.get_decoder(), cache, fusion, prompt.ids, layers
+                )
+                fusion.take(selector.select(layout, attention))
         return cache
 
     def _answer(
@@ -529,10 +542,11 @@ class A3Engine:
         report.ttft_s, report.decode_s = first - started, ended - first
         report.recompute_s = first - began
         if cache is not None and cache.fusion is not None:
-            report.select_s = cache.fusion.select_seconds
-            report.recompute_s -= report.select_s
-            selected = cache.fusion.selected
-            report.recomputed_tokens = 0 if selected is None else len(selected)
+            fusion = cache.fusion
+            report.select_s = fusion.select_seconds
+            if isinstance(selector, LayerSelector):  # it selects inside the pass
+                report.recompute_s -= report.select_s
+            report.recomputed_tokens = 0 if fusion.selected is None else len(fusion.selected)
         return report
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "a3placeholder{}end"
 Kind = Literal["prefix", "chunk", "fresh"]
+
+_locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Message:
 
     @property
     def parts(self) -> list[str | Chunk]:
-        return [self.content] if isinstance(self.content, str) else list(self.content)
+        return [self.content] if isinstance(self.content, str) else list(self.content) or [""]
 
     @property
     def text(self) -> str:
@@ -142,8 +146,7 @@ class PromptPlanner:
     ) -> None:
         self.tokenizer = tokenizer
         self.find = find
-        # Fast tokenizers keep the handling of special tokens as state of the shared object.
-        self._lock = threading.Lock()
+        self._lock = _lock_of(tokenizer)
         self._bos = self._leading_ids()
         self._trims = False
         if tokenizer.chat_template:
@@ -182,7 +185,8 @@ class PromptPlanner:
             index, parts = piece
             first = len(segments)
             behind_chunks = first
-            for part in self._matched(parts) if match else parts:
+            cut = self._matched(parts) if match else parts
+            for part in cut:
                 if isinstance(part, Chunk):
                     self._append_chunk(segments, part)
                     behind_chunks = len(segments)
@@ -190,7 +194,7 @@ class PromptPlanner:
                     self._append_fresh(segments, self.tokenize_text(part))
             if index == last_user:
                 # The turn's own words behind its chunks; all its words where none follow.
-                asks = isinstance(parts[-1], str) and parts[-1].strip()
+                asks = isinstance(cut[-1], str) and cut[-1].strip()
                 question_from = behind_chunks if asks else first
         return self._finish(segments, question_from)
 
@@ -318,9 +322,11 @@ class PromptPlanner:
         """Put BOS and the encode prefix in place; something fresh always ends the prompt."""
         added = 0
         head = segments[0]
-        if self._bos and (head.kind == "chunk" or head.ids[: len(self._bos)] != self._bos):
+        if self._bos and head.kind == "chunk":
             segments.insert(0, Segment("fresh", self._bos))
             added += 1
+        elif self._bos and head.ids[: len(self._bos)] != self._bos:
+            segments[0] = replace(head, ids=self._bos + head.ids)
         head, n_prefix = segments[0], len(self.prefix_ids)
         if n_prefix and head.kind == "fresh" and head.ids[:n_prefix] == self.prefix_ids:
             rest = head.ids[n_prefix:]
@@ -331,7 +337,13 @@ class PromptPlanner:
         if segments[-1].kind != "fresh":
             # The last token is always computed: its logits choose the answer's first token.
             segments[-1] = replace(segments[-1], kind="fresh")
-        return Prompt(tuple(segments), question_from + added)
+        return Prompt(tuple(segments), min(question_from + added, len(segments) - 1))
+
+
+def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
+    """Fast tokenizers keep the handling of special tokens as state, which engines may share."""
+    with _locks_lock:
+        return _locks.setdefault(tokenizer, threading.Lock())
 
 
 def _for_strict_templates(
@@ -351,10 +363,16 @@ def _for_strict_templates(
 
 
 def _stripped(parts: list[str | Chunk]) -> list[str | Chunk]:
-    """Parts as a template that trims its messages would show them."""
-    trimmed = list(parts)
-    if trimmed and isinstance(trimmed[0], str):
-        trimmed[0] = trimmed[0].lstrip()
-    if trimmed and isinstance(trimmed[-1], str):
-        trimmed[-1] = trimmed[-1].rstrip()
-    return trimmed
+    """Parts as a template that trims its messages would show them; at least one."""
+    rest = list(parts)
+    while rest and isinstance(rest[0], str):
+        rest[0] = rest[0].lstrip()
+        if rest[0]:
+            break
+        del rest[0]
+    while rest and isinstance(rest[-1], str):
+        rest[-1] = rest[-1].rstrip()
+        if rest[-1]:
+            break
+        del rest[-1]
+    return rest or [""]

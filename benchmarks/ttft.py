@@ -1,8 +1,8 @@
 """Time to first token by method and length of the context, on the demo model.
 
-Full prefill is transformers' ordinary forward (sdpa, same dtype, same token ids). The fusing methods
-pay for everything behind the clock: reading every chunk from a warm disk, rotating, selecting and
-recomputing. Methods take turns (A B A B); the result is the median with the spread.
+Full prefill is transformers' ordinary forward (sdpa, same dtype, same token ids). What fusing takes
+is inside the clock: reading every chunk from a warm disk, rotating, selecting, recomputing. Methods
+take turns (A B A B); the result is the median with the spread.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def show(results: list[dict]) -> None:
         for row in results
         if row["method"] == "full_prefill"
     }
-    print(f"{'context':>8} {'method':<14} {'ratio':>5} {'median':>9} {'min':>8} {'max':>8} {'sooner':>7}")
+    print(" context method         ratio    median      min      max  sooner")
     for row in results:
         times = row["ttft_s"]
         base = reference.get(row["context_tokens"])

@@ -1,4 +1,4 @@
-"""A LlamaIndex query engine that answers from cached chunks. Run it twice: the second starts warm."""
+"""A LlamaIndex query engine that answers from cached chunks. The second run starts warm."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A small embedding model with its weights inside its package (19 MB), for machines without a hub."""
+"""A small embedding model whose weights are inside its package (19 MB)."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS texts (
     engine TEXT NOT NULL, sha256 TEXT NOT NULL, anchor TEXT NOT NULL, chars INTEGER NOT NULL,
     tag TEXT, UNIQUE (engine, sha256)
 );
+CREATE TABLE IF NOT EXISTS evictions (id INTEGER PRIMARY KEY AUTOINCREMENT);
 """
 
 
@@ -50,7 +51,7 @@ class Catalogue:
         self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.executescript(SCHEMA)
-        self._seen = 0
+        self._seen = self._evictions = 0
         self._anchors: dict[str, dict[int, dict[str, str | None]]] = {}
 
     def add(self, texts: Iterable[tuple[str, str | None]]) -> None:
@@ -69,9 +70,10 @@ class Catalogue:
 
     def forget(self, tag: str) -> None:
         """Forget the texts with this tag."""
-        with self._lock:
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("DELETE FROM texts WHERE tag = ?", (tag,))
-            self._seen, self._anchors = 0, {}
+            self._db.execute("INSERT INTO evictions DEFAULT VALUES")
 
     def find(self, text: str) -> list[Match]:
         """Known texts inside ``text``, leftmost first, the longest where several begin together."""
@@ -102,7 +104,10 @@ class Catalogue:
         return None
 
     def _refresh(self) -> None:
-        """Read what this or another process has added since."""
+        """Read what this or another process has added since; all of it after a removal."""
+        (evictions,) = self._db.execute("SELECT coalesce(max(id), 0) FROM evictions").fetchone()
+        if evictions != self._evictions:
+            self._evictions, self._seen, self._anchors = evictions, 0, {}
         rows = self._db.execute(
             "SELECT id, sha256, anchor, chars, tag FROM texts "
             "WHERE id > ? AND engine = ? ORDER BY id",

@@ -41,7 +41,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
         A line is not of this form; the message names it.
     """
     source = Path(path)
-    examples = []
+    examples: list[Example] = []
     with source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if limit is not None and len(examples) == limit:

@@ -7,6 +7,7 @@ writes the fusion pass's rows into their places. From then on it grows like a `D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ class FusedLayer(DynamicLayer):
         self.n_prompt = n_prompt
         self.length = 0
         self.rows: torch.Tensor | None = None
+        self.before_write: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self._show()
@@ -63,6 +65,8 @@ class FusedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.pending:
             assert self.rows is not None, "a fusion pass sets the rows before it runs a layer"
+            if self.before_write is not None:
+                self.before_write(key_states, value_states)
             self.write(self.rows, key_states, value_states)
             self.length = self.n_prompt
         else:

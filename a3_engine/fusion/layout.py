@@ -51,5 +51,11 @@ class Layout:
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
 
     @property
+    def inexact_positions(self) -> torch.Tensor:
+        """Those of them that context may have moved."""
+        spans = [torch.arange(span.start, span.stop) for span in self.chunks if not span.exact]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+
+    @property
     def n_question(self) -> int:
         return len(self.question)

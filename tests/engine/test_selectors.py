@@ -39,6 +39,13 @@ def run(engine: A3Engine, prompt: Prompt, selector: object, ratio: float):
     return output.logits[0], cache
 
 
+def picks(cache) -> list[int]:
+    """The recomputed positions, which are the same at every layer."""
+    first, *others = (positions.tolist() for positions in cache.fusion.selected)
+    assert all(other == first for other in others)
+    return first
+
+
 def full_prefill(engine: A3Engine, prompt: Prompt):
     with torch.inference_mode():
         return engine.runtime.model(
@@ -112,7 +119,7 @@ def test_a3_picks_what_its_description_picks(demo_engine, real_case, ratio):
     budget = int((prompt.n_tokens - q) * ratio)
     expected = sorted(sorted(candidates, key=lambda j: -scores[j - p])[:budget])
     _, cache = run(demo_engine, prompt, "a3", ratio)
-    assert cache.fusion.selected.tolist() == expected
+    assert picks(cache) == expected
 
 
 @pytest.mark.real_model
@@ -173,7 +180,7 @@ def test_picks_are_chunk_tokens_within_the_budget(tiny_engine, shape, ratio):
         at += len(segment.ids)
     n_question = len(prompt.segments[-1].ids)
     budget = min(int((prompt.n_tokens - n_question) * ratio), len(candidates))
-    selected = run(engine, prompt, "a3", ratio)[1].fusion.selected.tolist()
+    selected = picks(run(engine, prompt, "a3", ratio)[1])
     assert selected == sorted(set(selected))
     assert set(selected) <= set(candidates)
     assert len(selected) == (len(candidates) if ratio == 1.0 else budget)
@@ -208,8 +215,8 @@ def test_a_question_ahead_of_its_documents_selects_too():
     query, key = torch.zeros(1, 2, 40, 4), torch.zeros(1, 1, 40, 4)
     query[:, :, 2:8, 0] = 3.0
     key[:, :, [12, 25, 30], 0] = 30.0
-    picks = A3(ratio=0.1, pool=1).select(layout, States(query, key, key), States(None, key, key))
-    assert sorted(picks.tolist()) == [12, 25, 30]
+    picked = A3(ratio=0.1, pool=1).select(layout, States(query, key, key), States(None, key, key))
+    assert sorted(picked.tolist()) == [12, 25, 30]
 
 
 def test_without_chunks_there_is_nothing_to_pick(tiny_engine):
@@ -218,7 +225,7 @@ def test_without_chunks_there_is_nothing_to_pick(tiny_engine):
     prompt = build(engine, ["p", "f", "f"])
     expected = full_prefill(engine, prompt).logits[0, -1]
     logits, cache = run(engine, prompt, "a3", 0.5)
-    assert cache.fusion.selected.tolist() == []
+    assert picks(cache) == []
     torch.testing.assert_close(logits[-1], expected, atol=1e-4, rtol=0)
 
 

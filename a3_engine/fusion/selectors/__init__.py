@@ -6,11 +6,26 @@ from dataclasses import replace
 
 from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.cacheblend import CacheBlend
+from a3_engine.fusion.selectors.epic import Epic
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.fusion.selectors.mend import Mend
+from a3_engine.fusion.selectors.question_attention import QuestionAttention
+from a3_engine.fusion.selectors.random import Random
 
 SELECTORS: dict[str, type[Selector]] = {
-    selector.name: selector for selector in (A3, FullReuse, FullPrefill)
+    selector.name: selector
+    for selector in (
+        A3,
+        CacheBlend,
+        Epic,
+        FullPrefill,
+        FullReuse,
+        Mend,
+        QuestionAttention,
+        Random,
+    )
 }
 DEFAULT = A3.name
 

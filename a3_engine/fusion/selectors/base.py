@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from a3_engine.fusion.drift import DriftRepair
 from a3_engine.fusion.layout import Layout
 
 
@@ -37,10 +38,13 @@ class Selector(ABC):
     ratio : float
         Share of tokens to recompute, 0 to 1. At 1.0 every token is computed, which is a full
         prefill; at 0.0 only the fresh tokens are, which is full reuse.
+    repair : DriftRepair or None
+        Also move the chunk tokens that are not recomputed.
     """
 
     name: ClassVar[str]
     ratio: float = 0.15
+    repair: DriftRepair | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -78,6 +82,30 @@ class LayerSelector(Selector):
         stored : States
             What the cache held for this layer, rotated into place; fresh tokens hold nothing
             meaningful there.
+        """
+
+
+@dataclass(frozen=True)
+class QuestionSelector(Selector):
+    """Selects by the question's attention to the loaded keys, before the pass begins.
+
+    The engine runs the fresh tokens alone over the loaded cache and adds up what the question
+    attends to.
+    """
+
+    @abstractmethod
+    def layers(self, n_layers: int) -> range:
+        """The layers whose attention is wanted."""
+
+    @abstractmethod
+    def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
+        """Positions of chunk tokens, in any order.
+
+        Parameters
+        ----------
+        attention : torch.Tensor
+            fp32, shape ``(layers, tokens)``: each wanted layer's attention weights, averaged over
+            the question's tokens and the heads.
         """
 
 

@@ -1,0 +1,126 @@
+"""How far a method's answers are from a full prefill's, for the same token ids."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from a3_engine.engine import A3Engine
+from a3_engine.evaluation.datasets import Example
+from a3_engine.fusion.selectors.base import Selector
+from a3_engine.prompt import Chunk, Message, Prompt
+
+ANSWER_TOKENS = 12
+INSTRUCTION = "Answer the question in a few words, from the documents above.\nQuestion: {question}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A full prefill of one prompt: its greedy answer and its distributions.
+
+    ``log_probs`` has shape ``(ANSWER_TOKENS, vocabulary)``, fp32; ``gold_nll`` is the mean negative
+    log-likelihood of the accepted answer's tokens, in nats; ``ttft_s`` the seconds of the prefill.
+    """
+
+    prompt: Prompt
+    answer: list[int]
+    log_probs: torch.Tensor
+    gold: list[int]
+    gold_nll: float
+    ttft_s: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One method on one prompt, against the full prefill.
+
+    ``kl_first`` and ``kl_answer``: Kullback-Leibler divergence from the full prefill's next-token
+    distribution, in nats, at the first token and averaged over the full prefill's own greedy
+    answer; ``agreement``: share of that answer's tokens that are the method's likeliest too;
+    ``nll_change``: of the accepted answer, in nats a token, positive where it became less likely;
+    ``ttft_s``: seconds for loading, selecting and recomputing.
+    """
+
+    kl_first: float
+    kl_answer: float
+    agreement: float
+    nll_change: float
+    ttft_s: float
+
+
+def example_prompt(engine: A3Engine, example: Example) -> Prompt:
+    """The passages as chunks, then the question."""
+    content: list[str | Chunk] = []
+    for passage in example.passages:
+        content += [Chunk(str(passage)), "\n\n"]
+    content.append(INSTRUCTION.format(question=example.question))
+    # The chunks are given; looking for others would let earlier examples change this one.
+    return engine.runtime.planner.plan([Message("user", content)], match=False)
+
+
+@torch.inference_mode()
+def full_prefill(engine: A3Engine, example: Example) -> Reference:
+    """The reference of an example."""
+    prompt = example_prompt(engine, example)
+    gold = list(engine.runtime.planner.tokenize_text(example.answers[0]))
+    cache = DynamicCache(config=engine.runtime.model.config)
+    started = time.perf_counter()
+    logits = _forward(engine, prompt.ids, cache)[-1:]
+    seconds = time.perf_counter() - started
+    nll = _gold_nll(engine, cache, logits, gold)
+    answer, rows = [], [logits]
+    for _ in range(ANSWER_TOKENS):
+        answer.append(int(rows[-1][-1].argmax()))
+        if len(answer) < ANSWER_TOKENS:
+            rows.append(_forward(engine, answer[-1:], cache))
+    log_probs = torch.log_softmax(torch.cat(rows).float(), dim=-1)
+    return Reference(prompt, answer, log_probs, gold, nll, seconds)
+
+
+@torch.inference_mode()
+def fidelity(engine: A3Engine, reference: Reference, selector: Selector) -> Fidelity:
+    """Compare a method with the reference; its chunks should be stored already."""
+    started = time.perf_counter()
+    _, cache = engine.fuse(reference.prompt, selector=selector, room=2 * ANSWER_TOKENS)
+    first = _forward(engine, reference.prompt.ids, cache)[-1:]
+    seconds = time.perf_counter() - started
+    nll = _gold_nll(engine, cache, first, reference.gold)
+    rest = _forward(engine, reference.answer[:-1], cache)
+    log_probs = torch.log_softmax(torch.cat([first, rest]).float(), dim=-1)
+    kl = (reference.log_probs.exp() * (reference.log_probs - log_probs)).sum(-1)
+    same = log_probs.argmax(-1) == torch.tensor(reference.answer, device=log_probs.device)
+    return Fidelity(
+        kl_first=float(kl[0]),
+        kl_answer=float(kl.mean()),
+        agreement=float(same.float().mean()),
+        nll_change=nll - reference.gold_nll,
+        ttft_s=seconds,
+    )
+
+
+def _forward(engine: A3Engine, ids: Sequence[int], cache: Cache) -> torch.Tensor:
+    """Logits behind these tokens, shape ``(tokens or 1, vocabulary)``; a prompt gives one row."""
+    model = engine.runtime.model
+    device = model.get_input_embeddings().weight.device
+    keep = 1 if cache.get_seq_length() == 0 else 0
+    return model(
+        input_ids=torch.tensor([list(ids)], device=device),
+        past_key_values=cache,
+        logits_to_keep=keep,
+    ).logits[0]
+
+
+def _gold_nll(engine: A3Engine, cache: Cache, first: torch.Tensor, gold: list[int]) -> float:
+    """Mean negative log-likelihood of the gold tokens; the cache is left as it was."""
+    logits = first
+    if len(gold) > 1:
+        logits = torch.cat([first, _forward(engine, gold[:-1], cache)])
+        cache.crop(-(len(gold) - 1))
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    targets = torch.tensor(gold, device=log_probs.device)
+    return -float(log_probs.gather(1, targets[:, None]).mean())

@@ -1,0 +1,112 @@
+"""Repairing what is not recomputed.
+
+Context moves the keys and values of a chunk's tokens, and it moves tokens with similar values
+alike. The recomputed tokens show how far: each other token is moved by a mean of their moves,
+weighted by how similar its stored value is to theirs. Keys are compared without position.
+
+After the idea of AgentKVShift (arXiv 2607.21604), which adds one mean move to all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.layout import Layout
+from a3_engine.model.rotary import Rotation, rotate_
+
+
+@dataclass(frozen=True)
+class DriftRepair:
+    """How far the others follow.
+
+    Parameters
+    ----------
+    strength : float
+        Share of the estimated move that is applied, 0 to 1.
+    temperature : float
+        Of the softmax over cosine similarities; low follows only the most similar tokens.
+    """
+
+    strength: float = 0.8
+    temperature: float = 0.1
+
+
+class Drift:
+    """One request's repair, applied as each layer's recomputed rows arrive.
+
+    Parameters
+    ----------
+    repair : DriftRepair
+    layout : Layout
+        Chunk tokens are moved; those marked exact are not, and are no probes either.
+    rotation : Rotation
+        To compare and move keys without position.
+    """
+
+    def __init__(self, repair: DriftRepair, layout: Layout, rotation: Rotation) -> None:
+        self._repair = repair
+        self._movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
+        for span in layout.chunks:
+            if not span.exact:
+                self._movable[span.start : span.stop] = True
+        self._tables = rotation.tables(torch.arange(layout.n_tokens))
+
+    def apply(
+        self,
+        index: int,
+        layer: FusedLayer,
+        rows: torch.Tensor,
+        fresh_key: torch.Tensor,
+        fresh_value: torch.Tensor,
+    ) -> None:
+        """Move a layer's other chunk tokens, before the rows are written.
+
+        Parameters
+        ----------
+        rows : torch.Tensor
+            Sorted positions of the computed rows, on the CPU.
+        fresh_key, fresh_value : torch.Tensor
+            Theirs, ``(1, kv_heads, rows, head_dim)``.
+        """
+        is_probe = self._movable[rows]
+        probes = rows[is_probe]
+        waiting = self._movable.clone()
+        waiting[rows] = False
+        others = waiting.nonzero()[:, 0]
+        if not len(probes) or not len(others):
+            return
+        device = fresh_key.device
+        cos, sin = self._tables[index]
+        keys, values = (state[0] for state in layer.stored())
+        at_probes, at_others = probes.to(device), others.to(device)
+        stored_value = values[:, at_probes]
+        which = is_probe.nonzero()[:, 0].to(device)
+        key_move = (fresh_key[0, :, which] - keys[:, at_probes]).float()
+        rotate_(key_move, cos[probes].to(device), sin[probes].to(device), inverse=True)
+        value_move = fresh_value[0, :, which] - stored_value
+
+        weights = self._weights(values[:, at_others], stored_value)
+        moves = torch.cat([_flat(key_move).to(weights.dtype), _flat(value_move)], dim=1)
+        estimate = weights @ moves
+        heads, _, head_dim = key_move.shape
+        width = heads * head_dim
+        key_shift = estimate[:, :width].float().view(len(others), heads, -1).transpose(0, 1)
+        rotate_(key_shift, cos[others].to(device), sin[others].to(device))
+        value_shift = estimate[:, width:].view(len(others), heads, -1).transpose(0, 1)
+        strength = self._repair.strength
+        keys[:, at_others] += (strength * key_shift).to(keys.dtype)
+        values[:, at_others] += strength * value_shift
+
+    def _weights(self, others: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+        """Shape ``(others, probes)``; each row sums to one."""
+        ours = torch.nn.functional.normalize(_flat(others), dim=1)
+        theirs = torch.nn.functional.normalize(_flat(probes), dim=1)
+        return torch.softmax(ours @ theirs.T / self._repair.temperature, dim=-1)
+
+
+def _flat(states: torch.Tensor) -> torch.Tensor:
+    """``(kv_heads, tokens, head_dim)`` as ``(tokens, kv_heads * head_dim)``."""
+    return states.transpose(0, 1).flatten(1)

@@ -1,0 +1,199 @@
+"""The gate: a model is fused and right, or refused with a reason and right. Nothing in between."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+from a3_engine import A3Engine, Precomputed
+from tests.tiny import DERIVED, SHAPE, rope, tiny_model
+
+LAMP = "The lamp of the lighthouse burns through the night."
+SHORE = "The northern shore is steep, and few boats land there."
+ASK = "Who keeps the lamp?"
+
+SMALL = {"vocab_size": 320, "hidden_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 512}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MLA = dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 16)
+MLA |= dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "num_key_value_heads"), 8)
+MLA |= dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1)
+LINEAR = {f"linear_{part}": 16 for part in ("key_head_dim", "value_head_dim")}
+LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {**GPT, "vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
+    "bloom": ("Bloom", {**SMALL, "n_layer": 2, "n_head": 4}),
+    "opt": ("OPT", {**SMALL, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "deepseek-v3": ("DeepseekV3", {**DERIVED, **EXPERTS, **MLA, "n_routed_experts": 4}),
+    "mamba": ("Mamba", {**SMALL, "num_hidden_layers": 2, "state_size": 8}),
+    "qwen3-next": ("Qwen3Next", {**SHAPE, **EXPERTS, **LINEAR, "num_experts": 4}),
+    "llama-dynamic": ("Llama", {**SHAPE, "rope_parameters": rope(rope_type="dynamic", factor=2.0)}),
+    "cohere": ("Cohere", DERIVED),
+    "glm4": ("Glm4", SHAPE),
+    "stablelm": ("StableLm", DERIVED),
+    "starcoder2": ("Starcoder2", DERIVED),
+    "mixtral": ("Mixtral", {**SHAPE, "num_local_experts": 4}),
+    "gpt-oss": ("GptOss", {**SHAPE, "num_local_experts": 4, "rope_parameters": rope()}),
+    "exaone4": ("Exaone4", SHAPE),
+    "diffllama": ("DiffLlama", DERIVED),
+    "persimmon": ("Persimmon", DERIVED),
+    "doge": ("Doge", DERIVED),
+}
+REFUSED = {
+    "gpt2": "layers",
+    "bloom": "layers",
+    "opt": "no rotary",
+    "deepseek-v3": "MLA",
+    "mamba": "linear_attention",
+    "qwen3-next": "linear_attention",
+    "llama-dynamic": "dynamic",
+    "cohere": "moved to another position",
+    "glm4": "moved to another position",
+}
+
+
+def build(name: str):
+    kind, values = CONFIGS[name]
+    return tiny_model(getattr(transformers, f"{kind}Config")(**values))
+
+
+def own_answer(engine: A3Engine, model, ids: list[int], n: int) -> str:
+    """transformers' own greedy answer, by a model that no engine has touched."""
+    output = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=n, pad_token_id=0)
+    return engine.runtime.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(REFUSED)))
+def test_one_chunk_behind_its_prefix_answers_like_transformers(tiny_engine, name):
+    """Such a chunk is exact, so the answer is right at every ratio, whether fused or refused."""
+    engine = tiny_engine(build(name).config)
+    prompt = engine.plan(ASK, [LAMP])
+    expected = own_answer(engine, build(name), prompt.ids, 16)
+    for ratio in (0.0, 0.3):
+        answer = engine.generate(prompt, ratio=ratio, max_new_tokens=16)
+        assert answer.text == expected
+        assert answer.report.fallback_reason == engine.unsupported_reason
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_models_are_served_by_ordinary_prefill(tiny_engine, caplog, name):
+    """With the reason, and nothing is stored for them."""
+    engine = tiny_engine(build(name).config)
+    assert engine.precompute([LAMP], progress=False) == Precomputed(0, 0)
+    prompt = engine.plan(ASK, [LAMP, SHORE])
+    answer = engine.generate(prompt, max_new_tokens=12)
+    assert REFUSED[name] in answer.report.fallback_reason
+    assert answer.report.fallback_reason in caplog.text
+    assert answer.text == own_answer(engine, build(name), prompt.ids, 12)
+    assert (engine.stats().entries, engine.evict("nothing")) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["stablelm", "starcoder2", "mixtral"])
+def test_an_untested_architecture_passes_with_a_warning(tiny_engine, caplog, name):
+    engine = tiny_engine(build(name).config)
+    assert engine.unsupported_reason is None
+    assert engine.runtime.model.config.model_type in caplog.text
+    assert not engine.runtime.support.tested
+
+
+def test_a_dtype_that_nobody_measured_is_refused(tmp_path, tiny_engine):
+    engine = A3Engine.from_pretrained(
+        tiny_model("llama", torch.float64), tiny_engine().runtime.tokenizer, cache_dir=tmp_path
+    )
+    assert "float64" in engine.unsupported_reason
+    engine.close()
+
+
+def test_longrope_is_fused_as_long_as_its_frequencies_hold(tiny_engine):
+    """Beyond the length at which they change, and back below it, the answers stay right."""
+    engine, fresh = tiny_engine("phi3-longrope"), tiny_model("phi3-longrope")
+    short, long = engine.plan(ASK, [LAMP, SHORE]), engine.plan(ASK, [LAMP, SHORE] * 5)
+    assert short.n_tokens + 16 < 256 < long.n_tokens
+    for prompt, fused in ((short, True), (long, False), (short, True)):
+        answer = engine.generate(prompt, ratio=1.0, max_new_tokens=16)
+        assert answer.report.fused == fused
+        assert answer.text == own_answer(engine, fresh, prompt.ids, 16)
+        assert fused or "256" in answer.report.fallback_reason
+    near = engine.generate(short, max_new_tokens=257 - short.n_tokens)  # would cross it in decoding
+    assert not near.report.fused
+
+
+def ignore_positions(model: nn.Module) -> None:
+    """Positions are counted from the first row, whatever it is told."""
+    rotary = model.model.rotary_emb
+    ordinary = rotary.forward
+    rotary.forward = lambda x, position_ids: ordinary(x, torch.arange(x.shape[1])[None])
+
+
+def scale_positions(model: nn.Module) -> None:
+    """Positions are stretched where the frequencies do not show it."""
+    rotary = model.model.rotary_emb
+    ordinary = rotary.forward
+    rotary.forward = lambda x, position_ids: ordinary(x, position_ids * 2)
+
+
+def add_positions(model: nn.Module) -> None:
+    """Positions enter the hidden states as well."""
+    layer = model.model.layers[0]
+    ordinary = layer.forward
+
+    def forward(hidden_states, position_ids, **kwargs):
+        moved = hidden_states + 0.3 * position_ids.sin()[..., None]
+        return ordinary(moved, position_ids=position_ids, **kwargs)
+
+    layer.forward = forward
+
+
+def forget_the_cache(model: nn.Module) -> None:
+    """One layer keeps nothing for later."""
+    attention = model.model.layers[2].self_attn
+    ordinary = attention.forward
+    attention.forward = lambda *args, past_key_values=None, **kwargs: ordinary(*args, **kwargs)
+
+
+def attend_alone(model: nn.Module) -> None:
+    """Attention of its own, with a mask of its own: the usual one for rows without gaps."""
+
+    def forward(self, hidden_states, position_embeddings, past_key_values=None, **_):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        n_rows, n_keys = query.shape[2], key.shape[2]
+        mask = torch.ones(n_rows, n_keys, dtype=torch.bool).tril(n_keys - n_rows)
+        key, value = (repeat_kv(x, self.num_key_value_groups) for x in (key, value))
+        mixed = scaled_dot_product_attention(query, key, value, mask, scale=self.scaling)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    for layer in model.model.layers:
+        layer.self_attn.forward = types.MethodType(forward, layer.self_attn)
+
+
+SABOTAGE = [ignore_positions, scale_positions, add_positions, forget_the_cache, attend_alone]
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGE)
+def test_the_self_check_refuses_what_it_cannot_fuse_rightly(tiny_engine, sabotage):
+    """Models that look like Llama and behave otherwise; a refused one answers as it did."""
+    engine = tiny_engine()
+    tokenizer = engine.runtime.tokenizer
+    changed, untouched = tiny_model("llama"), tiny_model("llama")
+    sabotage(changed)
+    sabotage(untouched)
+    odd = A3Engine.from_pretrained(changed, tokenizer, cache_dir=engine.cache_dir)
+    assert odd.unsupported_reason
+    ids = torch.tensor([engine.plan(ASK, [LAMP]).ids])
+    with torch.inference_mode():
+        assert torch.equal(changed(ids).logits, untouched(ids).logits)
+    odd.close()

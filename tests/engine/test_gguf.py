@@ -1,0 +1,127 @@
+"""GGUF files: unpacked once, checked at every start, and refused with a reason where broken."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from a3_engine import A3Engine, ModelLoadError
+from a3_engine.model.gguf import MANIFEST, dequantized
+from a3_engine.model.loading import load_model
+from tests.tiny import SHAPE, tiny_model, tiny_tokenizer
+
+MODEL = LlamaConfig(**{**SHAPE, "head_dim": 8})  # hidden size / heads, as the format expects
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The tiny Llama model in fp32, as llama.cpp would write it."""
+    model, tokenizer = tiny_model(MODEL), tiny_tokenizer()
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(MODEL.max_position_embeddings)
+    writer.add_embedding_length(MODEL.hidden_size)
+    writer.add_block_count(MODEL.num_hidden_layers)
+    writer.add_feed_forward_length(MODEL.intermediate_size)
+    writer.add_head_count(MODEL.num_attention_heads)
+    writer.add_head_count_kv(MODEL.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(MODEL.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_token_list(pieces)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(pieces))
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in rules])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, MODEL.num_hidden_layers)
+    heads = {"q_proj": MODEL.num_attention_heads, "k_proj": MODEL.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        for projection, n in heads.items():
+            if projection in name:  # the format pairs neighbouring components for rotation
+                halves = weight.view(n, 2, -1, weight.shape[1])
+                weight = halves.transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_unpacked_model_computes_what_the_packed_one_did(file, tmp_path):
+    model, tokenizer = load_model(file, cache_dir=tmp_path, dtype=torch.float32)
+    text = "The keeper of the harbour, every evening."
+    assert tokenizer(text).input_ids == tiny_tokenizer()(text).input_ids
+    ids = torch.arange(4, 40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, tiny_model(MODEL)(ids).logits)
+
+
+def test_an_engine_loads_a_file_on_first_use(file, tmp_path):
+    engine = A3Engine.from_pretrained(file, cache_dir=tmp_path / "cache", dtype="float32")
+    assert not (tmp_path / "cache").exists()
+    chunk = "The lamp of the lighthouse burns through the night."
+    reports = [engine.generate("Who?", chunks=[chunk], max_new_tokens=4).report for _ in range(2)]
+    assert [report.hits for report in reports] == [0, 1]
+    assert reports[0].model == str(file)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", MANIFEST])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_unpacked_model_is_made_again(file, tmp_path, caplog, name, damage):
+    """And a whole one is left as it is."""
+    folder = dequantized(file, tmp_path)
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    stamp = (folder / MANIFEST).stat().st_mtime_ns
+    assert dequantized(file, tmp_path) == folder
+    assert (folder / MANIFEST).stat().st_mtime_ns == stamp
+    assert "damaged" not in caplog.text
+    (folder / name).unlink()
+    if damage == "changed":
+        (folder / name).write_bytes(content[name][:-1] + b" ")
+    assert dequantized(file, tmp_path) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert "damaged" in caplog.text
+
+
+def test_several_may_unpack_at_once_and_leave_nothing_behind(file, tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: dequantized(file, tmp_path), range(3)))
+    assert set((tmp_path / "models").iterdir()) == folders
+    assert len(folders) == 1
+
+
+def test_another_file_of_the_same_name_is_another_model(file, tmp_path):
+    first = dequantized(file, tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert dequantized(file, tmp_path) != first
+
+
+@pytest.mark.parametrize("broken", ["garbage", "empty", "half", "head"])
+def test_a_broken_file_says_so(file, tmp_path, broken):
+    """And leaves nothing behind."""
+    content = file.read_bytes()
+    kept = {"garbage": b"no model at all" * 10, "empty": b"", "half": content[: len(content) // 2]}
+    file.write_bytes(kept.get(broken, content[:21]))
+    with pytest.raises(ModelLoadError, match=r"tiny\.gguf cannot be read"):
+        load_model(file, cache_dir=tmp_path)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"no GGUF file at .*nowhere\.gguf"):
+        load_model(tmp_path / "nowhere.gguf", cache_dir=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelLoadError, match=r"(?s)'.*empty'.*\.gguf"):
+        load_model(tmp_path / "empty", cache_dir=tmp_path)
