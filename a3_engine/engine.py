@@ -378,7 +378,7 @@ class A3Engine:
             support.rotation.inv_freq.tolist() if support.rotation else None,
         )
         if support.rotation is not None:
-            catalogue = Catalogue(store.directory / "texts.sqlite3", fingerprint)
+            catalogue = Catalogue(self.cache_dir / "texts.sqlite3", fingerprint)
             library = ChunkLibrary(
                 model.get_decoder(),
                 support.rotation,

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,6 +146,7 @@ class DiskStore:
                 eviction_policy="least-recently-used",
                 tag_index=1,
                 disk_min_file_size=0,
+                cull_limit=0,  # diskcache would drop ten entries at once; see `_make_room`
             )
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
@@ -175,6 +176,7 @@ class DiskStore:
             )
             return 0
         self._cache.set(header.key, payload, tag=tag, retry=True)
+        self._make_room()
         return len(payload)
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
@@ -189,7 +191,7 @@ class DiskStore:
         )
 
     def verify(self) -> list[str]:
-        problems = []
+        problems = self._remove_foreign_rows()
         for key in list(self._cache):
             path = self._find(key)
             if path is None:
@@ -201,7 +203,11 @@ class DiskStore:
                 self._discard(key, str(error))
                 problems.append(f"{key}: {error}")
         # Files that a killed process wrote without an index row.
-        problems += [str(warning.message) for warning in self._cache.check(fix=True, retry=True)]
+        problems += [
+            str(warning.message)
+            for warning in self._cache.check(fix=True, retry=True)
+            if not issubclass(warning.category, diskcache.EmptyDirWarning)
+        ]
         return problems
 
     def close(self) -> None:
@@ -218,6 +224,32 @@ class DiskStore:
             return None
         with handle:
             return Path(handle.name)
+
+    def _make_room(self) -> None:
+        """Drop the least recently used chunks, one by one, until the limit holds."""
+        while self._cache.volume() > self.size_limit:
+            with self._index() as index:
+                query = "SELECT key FROM Cache WHERE raw ORDER BY access_time LIMIT 1"
+                row = index.execute(query).fetchone()
+            if row is None:
+                break
+            self._cache.delete(row[0], retry=True)
+
+    @contextlib.contextmanager
+    def _index(self) -> Iterator[sqlite3.Connection]:
+        """diskcache's own table, for what its interface does not offer."""
+        index = sqlite3.connect(self.directory / "cache.db", timeout=60)
+        with contextlib.closing(index), index:
+            yield index
+
+    def _remove_foreign_rows(self) -> list[str]:
+        """Index rows that `put` cannot have written; their files are orphans then."""
+        with self._index() as index:
+            removed = index.execute(
+                "DELETE FROM Cache WHERE NOT raw OR typeof(key) != 'text' OR mode != ?",
+                (MODE_BINARY,),
+            ).rowcount
+        return [f"{removed} index rows that this store did not write"] if removed else []
 
     def _discard(self, key: str, why: str) -> None:
         logger.warning("Chunk %s is damaged (%s); it is removed and computed again.", key[:12], why)

@@ -30,8 +30,6 @@ class TextEmitter:
         self._emit = emit
         self._stop = [s for s in stop if s]
         self._ids: list[int] = []
-        self._decoded_from = 0
-        self._text = ""
         self._sent = 0
         self.first_token_at: float | None = None
         self.stopped = False
@@ -45,19 +43,17 @@ class TextEmitter:
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self._ids.append(token)
-        # Decoding from the last line break on keeps the work a token constant.
-        text = self._decode(self._ids[self._decoded_from :])
+        text = self._decode()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # an unfinished character
             self._send(text)
 
     def end(self) -> None:
         """Hand on what was held back."""
-        self._send(self._decode(self._ids[self._decoded_from :]), final=True)
+        self._send(self._decode(), final=True)
 
-    def _send(self, tail: str, final: bool = False) -> None:
+    def _send(self, text: str, final: bool = False) -> None:
         if self.stopped:
             return
-        text = self._text + tail
         found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
         if found:
             self.stopped = True
@@ -67,8 +63,6 @@ class TextEmitter:
         if certain > self._sent:
             self._emit(text[self._sent : certain])
             self._sent = certain
-        if tail.endswith("\n"):
-            self._text, self._decoded_from = text, len(self._ids)
 
     def _may_begin_stop(self, text: str) -> int:
         """Length of the longest end of the text that a stop string could begin with."""
@@ -78,6 +72,7 @@ class TextEmitter:
                 return length
         return 0
 
-    def _decode(self, ids: list[int]) -> str:
-        decoded: Any = self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self) -> str:
+        """The whole answer: some tokenizers drop a blank where decoding begins."""
+        decoded: Any = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return decoded

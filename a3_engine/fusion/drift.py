@@ -30,7 +30,7 @@ class DriftRepair:
         Of the softmax over cosine similarities; low follows only the most similar tokens.
     """
 
-    strength: float = 0.8
+    strength: float = 0.6
     temperature: float = 0.1
 
 

@@ -177,5 +177,8 @@ def install_hooks(layers: nn.ModuleList) -> None:
 
         return hook
 
+    if getattr(layers, "_a3_hooks_installed", False):  # another engine shares the model
+        return
+    layers._a3_hooks_installed = True  # type: ignore[assignment]
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)

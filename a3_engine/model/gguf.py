@@ -73,7 +73,7 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
         made = Path(temporary) / "model"
         try:
             _unpack(gguf, made)
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # the readers' own errors are of many kinds
             raise ModelLoadError(f"{gguf} cannot be read as a GGUF model: {error}") from error
         try:
             os.replace(made, folder)

@@ -89,7 +89,7 @@ def test_verify_finds_a_flipped_bit_and_spares_the_rest(store):
 def test_verify_removes_files_that_no_entry_names(store):
     """A process that was killed leaves such a file; the catalogue beside the entries stays."""
     store.put(header(1), chunk(1))
-    catalogue = Catalogue(store.directory / "texts.sqlite3", "engine")
+    catalogue = Catalogue(store.directory.parent / "texts.sqlite3", "engine")
     text = "A text that is long enough to be found again."
     catalogue.add([(text, None)])
     catalogue.close()
@@ -99,7 +99,7 @@ def test_verify_removes_files_that_no_entry_names(store):
     assert not orphan.exists()
     assert [problem for problem in problems if orphan.name not in problem] == []
     assert holds(store, 1)
-    reopened = Catalogue(store.directory / "texts.sqlite3", "engine")
+    reopened = Catalogue(store.directory.parent / "texts.sqlite3", "engine")
     assert len(reopened.find(text)) == 1
     reopened.close()
 

@@ -27,7 +27,7 @@ SELECTORS: dict[str, type[Selector]] = {
         Random,
     )
 }
-DEFAULT = A3.name
+DEFAULT = Mend.name
 
 
 def make_selector(selector: str | Selector, ratio: float | None = None) -> Selector:

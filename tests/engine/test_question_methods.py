@@ -1,0 +1,186 @@
+"""Selectors against naive second implementations: loops, and transformers' eager attention."""
+
+from __future__ import annotations
+
+import cmath
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from a3_engine import A3Engine
+from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.drift import Drift, DriftRepair
+from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.selectors import make_selector
+from a3_engine.fusion.selectors.base import States
+from a3_engine.fusion.selectors.cacheblend import CacheBlend
+from a3_engine.fusion.selectors.epic import Epic
+from a3_engine.model.rotary import Rotation
+from tests.engine.test_exactness import build_prompt
+from tests.tiny import CONFIGS, tiny_model
+
+SHAPE = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
+
+
+def eager_question_attention(engine: A3Engine, name: str, prompt) -> torch.Tensor:
+    """Full reuse, segment by segment, with transformers' own caches and eager attention."""
+    model = tiny_model(name)
+    model.set_attn_implementation("eager")
+    prefix = list(engine.runtime.planner.prefix_ids)
+    past, position = DynamicCache(), 0
+    with torch.inference_mode():
+        for segment in prompt.segments:
+            if segment.kind == "chunk":
+                ids = torch.tensor([prefix + list(segment.ids)])
+                places = torch.arange(ids.shape[1])[None] + position - len(prefix) + 200
+                alone = DynamicCache()
+                model(input_ids=ids, position_ids=places, past_key_values=alone)
+                for index, layer in enumerate(alone.layers):
+                    keys, values = (
+                        layer.keys[:, :, len(prefix) :],
+                        layer.values[:, :, len(prefix) :],
+                    )
+                    past.update(keys, values, index)
+            else:
+                ids = torch.tensor([list(segment.ids)])
+                places = torch.arange(ids.shape[1])[None] + position + 200
+                output = model(
+                    input_ids=ids,
+                    position_ids=places,
+                    past_key_values=past,
+                    output_attentions=True,
+                )
+            position += len(segment.ids)
+    return torch.stack([layer[0].mean(dim=(0, 1)) for layer in output.attentions])
+
+
+# Softcapped scores are left out of the scoring, and windows too: it ranks, it does not compute.
+@pytest.mark.parametrize("name", ["llama", "llama-yarn", "qwen2", "qwen3", "phi3", "smollm3"])
+def test_question_attention_is_the_models_own(tiny_engine, name):
+    """Scores over the loaded cache are the eager attention weights, and their top is selected."""
+    engine = tiny_engine(name)
+    prompt = build_prompt(engine, SHAPE)
+    expected = eager_question_attention(engine, name, prompt)
+    seen = []
+    selector = make_selector("question_attention", 0.4)
+
+    class Spy(type(selector)):
+        def select(self, layout, attention):
+            seen.append(attention)
+            return super().select(layout, attention)
+
+    _, cache = engine.fuse(prompt, selector=Spy(ratio=0.4))
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-3)
+    candidates = prompt.layout(()).chunk_positions
+    ranked = sorted(candidates.tolist(), key=lambda p: -float(expected.mean(0)[p]))
+    assert cache.fusion.selected.tolist() == sorted(ranked[: int(0.4 * len(candidates))])
+
+
+def test_cacheblend_takes_what_changed_most():
+    layout = Layout(
+        10, (Span(1, 4), Span(4, 8)), 1, torch.tensor([0, 8, 9]), question=torch.tensor([8, 9])
+    )
+    torch.manual_seed(0)
+    fresh, stored = torch.randn(2, 1, 2, 10, 4)
+    changes = {}
+    for position in range(1, 8):
+        changes[position] = sum(
+            float(fresh[0, head, position, i] - stored[0, head, position, i]) ** 2
+            for head in range(2)
+            for i in range(4)
+        )
+    expected = sorted(changes, key=lambda p: -changes[p])[: int((10 - 2) * 0.5)]
+    picked = CacheBlend(ratio=0.5).select(
+        layout, States(None, stored, fresh), States(None, stored, stored)
+    )
+    assert sorted(picked.tolist()) == sorted(expected)
+
+
+def test_epic_takes_the_first_tokens_of_every_chunk_but_the_first():
+    layout = Layout(
+        30,
+        (Span(2, 10), Span(10, 13), Span(14, 28)),
+        2,
+        torch.tensor([0, 1, 13, 28, 29]),
+        question=torch.tensor([28, 29]),
+    )
+    assert Epic(first=4).select(layout).tolist() == [10, 11, 12, 14, 15, 16, 17]
+    assert len(Epic(ratio=0.25).select(layout)) <= 0.25 * 25
+
+
+def test_random_is_the_same_for_the_same_seed(tiny_engine):
+    engine = tiny_engine()
+    prompt = build_prompt(engine, SHAPE)
+    picks = [
+        engine.fuse(prompt, selector=make_selector("random", 0.5))[1].fusion.selected.tolist()
+        for _ in range(2)
+    ]
+    assert picks[0] == picks[1]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_drift_follows_the_most_similar_probes(strength):
+    """Token by token, head by head, with rotations as complex numbers."""
+    torch.manual_seed(0)
+    heads, tokens, size, temperature = 2, 9, 4, 0.3
+    inv_freq = torch.tensor([[1.0, 0.25]])
+    keys, values = torch.randn(2, 1, heads, tokens, size)
+    layer = FusedLayer(keys.clone(), values.clone(), tokens)
+    layout = Layout(
+        tokens, (Span(0, 2, exact=True), Span(2, 8)), 0, torch.tensor([8]), torch.tensor([8])
+    )
+    rows = torch.tensor([0, 3, 5, 8])
+    fresh_key, fresh_value = torch.randn(2, 1, heads, len(rows), size)
+    drift = Drift(DriftRepair(strength, temperature), layout, Rotation(inv_freq))
+    drift.apply(0, layer, rows, fresh_key, fresh_value)
+
+    def turned(vector: torch.Tensor, position: int) -> torch.Tensor:
+        pairs = [complex(vector[i], vector[i + 2]) for i in range(2)]
+        spun = [
+            pair * cmath.exp(1j * position * float(frequency))
+            for pair, frequency in zip(pairs, inv_freq[0], strict=True)
+        ]
+        return torch.tensor([s.real for s in spun] + [s.imag for s in spun])
+
+    probes, others = {3: 1, 5: 2}, [2, 4, 6, 7]
+    expected_keys, expected_values = keys.clone(), values.clone()
+    for other in others:
+        mine = values[0, :, other].flatten()
+        similarity = {
+            probe: float(torch.cosine_similarity(mine, values[0, :, probe].flatten(), dim=0))
+            for probe in probes
+        }
+        total = sum(cmath.exp(s / temperature).real for s in similarity.values())
+        for probe, row in probes.items():
+            weight = cmath.exp(similarity[probe] / temperature).real / total
+            for head in range(heads):
+                move = turned(fresh_key[0, head, row] - keys[0, head, probe], -probe)
+                expected_keys[0, head, other] += strength * weight * turned(move, other)
+                expected_values[0, head, other] += (
+                    strength * weight * (fresh_value[0, head, row] - values[0, head, probe])
+                )
+    ours = layer.stored()
+    torch.testing.assert_close(ours[0], expected_keys, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[1], expected_values, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mend_leaves_exact_chunks_alone(tiny_engine, name):
+    """A chunk just behind its prefix is neither picked nor moved."""
+    engine = tiny_engine(name)
+    prompt = build_prompt(engine, ["prefix", 12, 15, "fresh"])
+    _, before = engine.fuse(prompt, selector="full_reuse")
+    _, cache = engine.fuse(prompt, selector="mend", ratio=0.3)
+    first = prompt.layout(engine.runtime.planner.prefix_ids).chunks[0]
+    assert first.exact
+    assert len(cache.fusion.selected) == int(27 * 0.3)
+    assert int(cache.fusion.selected.min()) >= first.stop
+    with torch.inference_mode():
+        engine.runtime.model(input_ids=torch.tensor([prompt.ids]), past_key_values=cache)
+    moved = 0.0
+    for ours, theirs in zip(cache.layers, before.layers, strict=True):
+        for mine, stored in zip(ours.stored(), theirs.stored(), strict=True):
+            assert torch.equal(mine[:, :, : first.stop], stored[:, :, : first.stop])
+            moved += float((mine - stored)[:, :, first.stop : first.stop + 15].abs().sum())
+    assert moved > 0.0
