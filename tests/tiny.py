@@ -105,7 +105,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def tiny_model(config: PretrainedConfig | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    config: PretrainedConfig | str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A model with weights large enough that attention has something to say."""
     if isinstance(config, str):
         config = CONFIGS[config]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
 
     def config(self, eos_token_id: Any, pad_token_id: int | None) -> GenerationConfig:
-        """The same in transformers' terms; a model's own sampling defaults do not leak in."""
+        """The same in transformers' terms."""
         values: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
@@ -90,6 +91,20 @@ class _Follow(StoppingCriteria):
         return torch.full((input_ids.shape[0],), halt, device=input_ids.device)
 
 
+@contextmanager
+def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile the model has no generation settings of its own.
+
+    transformers fills what a request leaves open from them, also where the request leaves it off.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
@@ -118,13 +133,14 @@ def decode(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     extra = {} if cache is None else {"past_key_values": cache}
-    output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        generation_config=sampling.config(eos, pad),
-        stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned)]),
-        **extra,
-    )
+    with _without_own_defaults(model):
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=sampling.config(eos, pad),
+            stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned)]),
+            **extra,
+        )
     emitter.end()
     if abandoned():
         return "abandoned"

@@ -76,7 +76,7 @@ class FusionPass:
 
         if selector.ratio >= 1.0:
             self.take(layout.chunk_positions)
-        elif selector.ratio <= 0.0:
+        elif selector.ratio <= 0.0 or not layout.chunks:
             self.take(torch.empty(0, dtype=torch.long))
         elif isinstance(selector, BoundarySelector):
             self.take(selector.select(layout))

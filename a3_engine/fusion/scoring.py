@@ -42,8 +42,10 @@ class AttentionSums:
         scores = torch.matmul(
             question.reshape(kv_heads, group * n_question, head_dim), key[0].transpose(1, 2)
         )
+        # Causal within the question only: its words may also stand ahead of the documents.
         first = int(self._question[0])
-        after = torch.arange(first, n_tokens) > self._question[:, None]
+        where = torch.arange(first, n_tokens)
+        after = torch.isin(where, self._question) & (where > self._question[:, None])
         scores.view(kv_heads, group, n_question, n_tokens)[..., first:].masked_fill_(
             after.to(scores.device), float("-inf")
         )

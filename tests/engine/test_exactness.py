@@ -69,7 +69,7 @@ def test_ratio_one_is_full_prefill(tiny_engine, architecture, shape, selector):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("selector", FUSING)
 def test_ratio_zero_is_full_reuse(tiny_engine, architecture, shape, selector):
-    """Chunks computed where they will stand, by position ids alone, and fresh text run after them."""
+    """Chunks computed where they will stand, by position ids alone, and fresh text after them."""
     engine = tiny_engine(architecture)
     prompt = build_prompt(engine, SHAPES[shape])
     model, prefix = engine.runtime.model, list(engine.runtime.planner.prefix_ids)

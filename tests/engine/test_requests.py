@@ -49,7 +49,9 @@ def check_sums(report, n_chunks: int) -> None:
 def test_a_report_adds_up_and_a_second_request_only_hits(tiny_engine):
     engine = tiny_engine()
     prompt = engine.plan(ASK, [LAMP, SHORE, LAMP])
-    first, second = (engine.generate(prompt, ratio=0.2, max_new_tokens=8) for _ in range(2))
+    first, second = (
+        engine.generate(prompt, selector="a3", ratio=0.2, max_new_tokens=8) for _ in range(2)
+    )
     assert first.text == second.text
     reports = first.report, second.report
     for report in reports:
@@ -71,7 +73,8 @@ def test_a_report_adds_up_and_a_second_request_only_hits(tiny_engine):
 
 def test_a_report_can_be_read(tiny_engine):
     """The counts stand in its text and among its plain values."""
-    report = tiny_engine().generate(ASK, chunks=[LAMP], ratio=0.3, max_new_tokens=6).report
+    answer = tiny_engine().generate(ASK, chunks=[LAMP], selector="a3", ratio=0.3, max_new_tokens=6)
+    report = answer.report
     text, values = str(report), report.to_dict()
     for name in ("prompt", "cached", "created", "fresh", "recomputed", "generated"):
         assert f" {getattr(report, f'{name}_tokens')} " in text

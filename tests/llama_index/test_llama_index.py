@@ -16,6 +16,7 @@ from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMChatStartEvent
+from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import NodeWithScore, TextNode
 
@@ -65,7 +66,9 @@ def test_synthesizer_serves_every_node_from_the_cache(llm, documents):
 def test_stock_query_engine_gives_the_same_answer_from_the_cache(llm, documents):
     """Nothing of ours but the LLM: nodes are found in the finished prompt by their text."""
     index = ingest(llm, documents)
-    own = index.as_query_engine(llm=llm, similarity_top_k=4, response_synthesizer=A3Synthesizer(llm))
+    own = index.as_query_engine(
+        llm=llm, similarity_top_k=4, response_synthesizer=A3Synthesizer(llm)
+    )
     expected = str(own.query(QUESTION))
     stock = index.as_query_engine(llm=llm, similarity_top_k=4)
     assert str(stock.query(QUESTION)) == expected
@@ -196,8 +199,6 @@ def test_settings_llm_is_used_by_the_synthesizer(llm, monkeypatch):
     monkeypatch.setattr(Settings, "_llm", llm)
     assert A3Synthesizer()._llm is llm
     with pytest.raises(TypeError, match="A3LLM"):
-        from llama_index.core.llms import MockLLM
-
         A3Synthesizer(MockLLM())
 
 
@@ -211,7 +212,7 @@ def test_deleting_a_document_evicts_its_chunks(llm, documents):
 
 
 def test_transform_pickles_and_its_key_follows_the_model(tmp_path: Path):
-    """An ingestion cache computes anew when the model changes, and a worker process gets a recipe."""
+    """Ingestion caches compute anew when the model changes; a worker process gets a recipe."""
     nodes = [TextNode(text="some text")]
     engines = [
         A3Engine.from_pretrained(tiny_model(name), tiny_tokenizer(), cache_dir=tmp_path)

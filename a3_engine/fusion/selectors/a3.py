@@ -54,9 +54,11 @@ class A3(LayerSelector):
         logits = (query @ key.T).float() / math.sqrt(heads * head_dim)
 
         behind_prefix = torch.arange(layout.prefix_tokens, layout.n_tokens, device=device)
-        logits.masked_fill_(behind_prefix > question[:, None], float("-inf"))
+        # Causal within the question only: its words may also stand ahead of the documents.
+        asks = torch.isin(behind_prefix, question)
+        logits.masked_fill_(asks & (behind_prefix > question[:, None]), float("-inf"))
         scores = torch.softmax(logits, dim=-1).sum(0)
-        scores[torch.isin(behind_prefix, question)] = 0.0
+        scores[asks] = 0.0
         pooled = torch.nn.functional.avg_pool1d(
             scores[None, None], self.pool, stride=1, padding=self.pool // 2
         )[0, 0]
