@@ -73,38 +73,30 @@ class Drift:
         """
         is_probe = self._movable[rows]
         probes = rows[is_probe]
-        waiting = self._movable.clone()
-        waiting[rows] = False
-        others = waiting.nonzero()[:, 0]
-        if not len(probes) or not len(others):
+        if not len(probes):
             return
-        device = fresh_key.device
-        cos, sin = self._tables[index]
         keys, values = (state[0] for state in layer.stored())
-        at_probes, at_others = probes.to(device), others.to(device)
-        stored_value = values[:, at_probes]
+        device, dtype = keys.device, keys.dtype
+        cos, sin = (table.to(device) for table in self._tables[index])
+        at = probes.to(device)
         which = is_probe.nonzero()[:, 0].to(device)
-        key_move = (fresh_key[0, :, which] - keys[:, at_probes]).float()
-        rotate_(key_move, cos[probes].to(device), sin[probes].to(device), inverse=True)
-        value_move = fresh_value[0, :, which] - stored_value
 
-        weights = self._weights(values[:, at_others], stored_value)
-        moves = torch.cat([_flat(key_move).to(weights.dtype), _flat(value_move)], dim=1)
-        estimate = weights @ moves
-        heads, _, head_dim = key_move.shape
+        key_move = (fresh_key[0, :, which] - keys[:, at]).float()
+        rotate_(key_move, cos[at], sin[at], inverse=True)
+        value_move = fresh_value[0, :, which] - values[:, at]
+        moves = torch.cat([_flat(key_move).to(dtype), _flat(value_move)], dim=1)
+
+        everyone = torch.nn.functional.normalize(_flat(values), dim=1)
+        weights = torch.softmax(everyone @ everyone[at].T / self._repair.temperature, dim=-1)
+        # All tokens are moved at once: rows are overwritten afterwards, the others' share is zero.
+        share = self._repair.strength * self._movable.to(device, dtype)
+        shift = (weights @ moves) * share[:, None]
+        heads, _, head_dim = keys.shape
         width = heads * head_dim
-        key_shift = estimate[:, :width].float().view(len(others), heads, -1).transpose(0, 1)
-        rotate_(key_shift, cos[others].to(device), sin[others].to(device))
-        value_shift = estimate[:, width:].view(len(others), heads, -1).transpose(0, 1)
-        strength = self._repair.strength
-        keys[:, at_others] += (strength * key_shift).to(keys.dtype)
-        values[:, at_others] += strength * value_shift
-
-    def _weights(self, others: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
-        """Shape ``(others, probes)``; each row sums to one."""
-        ours = torch.nn.functional.normalize(_flat(others), dim=1)
-        theirs = torch.nn.functional.normalize(_flat(probes), dim=1)
-        return torch.softmax(ours @ theirs.T / self._repair.temperature, dim=-1)
+        key_shift = shift[:, :width].float().view(-1, heads, head_dim).transpose(0, 1)
+        rotate_(key_shift, cos, sin)
+        keys += key_shift.to(dtype)
+        values += shift[:, width:].view(-1, heads, head_dim).transpose(0, 1)
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

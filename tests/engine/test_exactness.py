@@ -13,13 +13,16 @@ from tests.tiny import CONFIGS, VOCABULARY
 
 pytestmark = pytest.mark.parametrize("architecture", CONFIGS)
 
-FUSING = sorted(set(SELECTORS) - {"full_prefill"})
 SHAPES = {
     "one chunk": ["prefix", 20, "fresh"],
     "many chunks": ["prefix", 9, 14, 7, "fresh"],
     "fresh between": ["prefix", "fresh", 9, "fresh", 14, "fresh"],
     "no prefix": [17, "fresh", 9, "fresh"],
 }
+# Every shape with the default, and every other method with the shape that has all roles.
+CASES = [("mend", shape) for shape in SHAPES] + [
+    (selector, "fresh between") for selector in sorted(set(SELECTORS) - {"full_prefill", "mend"})
+]
 
 
 def build_prompt(engine: A3Engine, shape: list[str | int]) -> Prompt:
@@ -53,8 +56,7 @@ def full_prefill(engine: A3Engine, prompt: Prompt):
         )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("selector", FUSING)
+@pytest.mark.parametrize(("selector", "shape"), CASES)
 def test_ratio_one_is_full_prefill(tiny_engine, architecture, shape, selector):
     """Recomputing every token gives the logits of an ordinary prefill of the same ids."""
     engine = tiny_engine(architecture)
@@ -66,8 +68,7 @@ def test_ratio_one_is_full_prefill(tiny_engine, architecture, shape, selector):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("selector", FUSING)
+@pytest.mark.parametrize(("selector", "shape"), CASES)
 def test_ratio_zero_is_full_reuse(tiny_engine, architecture, shape, selector):
     """Chunks computed where they will stand, by position ids alone, and fresh text after them."""
     engine = tiny_engine(architecture)

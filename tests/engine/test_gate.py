@@ -75,8 +75,8 @@ def test_one_chunk_behind_its_prefix_answers_like_transformers(tiny_engine, name
     engine = tiny_engine(build(name).config)
     prompt = engine.plan(ASK, [LAMP])
     expected = own_answer(engine, build(name), prompt.ids, 16)
-    for ratio in (0.0, 0.3):
-        answer = engine.generate(prompt, ratio=ratio, max_new_tokens=16)
+    for selector, ratio in (("full_reuse", 0.0), ("a3", 0.3), (None, 0.3)):
+        answer = engine.generate(prompt, selector=selector, ratio=ratio, max_new_tokens=16)
         assert answer.text == expected
         assert answer.report.fallback_reason == engine.unsupported_reason
 

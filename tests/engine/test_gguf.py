@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,11 +94,30 @@ def test_a_damaged_unpacked_model_is_made_again(file, tmp_path, caplog, name, da
     assert "damaged" in caplog.text
 
 
-def test_several_may_unpack_at_once_and_leave_nothing_behind(file, tmp_path):
+def _load_at_once(file: Path, tied: Path, cache_dir: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: dequantized(file, tmp_path), range(3)))
-    assert set((tmp_path / "models").iterdir()) == folders
+        folders = set(pool.map(lambda _: dequantized(file, cache_dir), range(3)))
+    assert set((cache_dir / "models").iterdir()) == folders
     assert len(folders) == 1
+    for path in (tied, file):
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda path: load_model(path, cache_dir=cache_dir), [path] * 3))
+        load_model(tied, cache_dir=cache_dir)
+
+
+def test_engines_may_start_at_once(file, tmp_path):
+    """They leave one unpacked copy, and a process in which models with tied weights still load.
+
+    In a process of its own, since loading in threads patches transformers for all that follows.
+    """
+    tiny_model(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    tiny_tokenizer().save_pretrained(tmp_path / "tied")
+    process = multiprocessing.get_context("spawn").Process(
+        target=_load_at_once, args=(file, tmp_path / "tied", tmp_path / "cache")
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def test_another_file_of_the_same_name_is_another_model(file, tmp_path):

@@ -134,6 +134,7 @@ def test_drift_follows_the_most_similar_probes(strength):
     fresh_key, fresh_value = torch.randn(2, 1, heads, len(rows), size)
     drift = Drift(DriftRepair(strength, temperature), layout, Rotation(inv_freq))
     drift.apply(0, layer, rows, fresh_key, fresh_value)
+    layer.write(rows, fresh_key, fresh_value)
 
     def turned(vector: torch.Tensor, position: int) -> torch.Tensor:
         pairs = [complex(vector[i], vector[i + 2]) for i in range(2)]
@@ -145,6 +146,7 @@ def test_drift_follows_the_most_similar_probes(strength):
 
     probes, others = {3: 1, 5: 2}, [2, 4, 6, 7]
     expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, rows], expected_values[:, :, rows] = fresh_key, fresh_value
     for other in others:
         mine = values[0, :, other].flatten()
         similarity = {
