@@ -10,34 +10,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.chunks.catalogue import Catalogue
-from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
-from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, DiskStore, StoreStats
-from a3_engine.decoding.generate import Sampling, decode
+from a3_engine.answering import answer, assemble
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
+from a3_engine.decoding.generate import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
-from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.drift import Drift
-from a3_engine.fusion.fuse import Abandoned, FusionPass
-from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.scoring import question_attention
 from a3_engine.fusion.selectors import DEFAULT, make_selector
-from a3_engine.fusion.selectors.base import LayerSelector, QuestionSelector, Selector
-from a3_engine.fusion.selectors.full_prefill import FullPrefill
+from a3_engine.fusion.selectors.base import Selector
 from a3_engine.model.loading import default_cache_dir, load_model
-from a3_engine.model.support import Support, examine
-from a3_engine.prompt import Chunk, Message, Prompt, PromptPlanner, Segment
-from a3_engine.report import ChunkUse, FusionReport
+from a3_engine.prompt import Chunk, Message, Prompt, Segment
+from a3_engine.report import FusionReport
+from a3_engine.runtime import Runtime, start
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +43,6 @@ class Precomputed:
 
     computed: int
     present: int
-
-
-class Runtime(NamedTuple):
-    """What an engine makes on first use. ``library`` is None for a model that the gate refused."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    planner: PromptPlanner
-    support: Support
-    store: DiskStore
-    library: ChunkLibrary | None
-    fingerprint: str
 
 
 class A3Engine:
@@ -110,8 +90,6 @@ class A3Engine:
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
         self._starting = threading.Lock()
-        # Two requests at once on one device take longer than one after the other.
-        self._computing = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -178,7 +156,15 @@ class A3Engine:
         """Model, planner and store; made by the first thread that asks."""
         with self._starting:
             if self._runtime is None:
-                self._runtime = self._start()
+                model, tokenizer = self._load()
+                self._runtime = start(
+                    self.name,
+                    model,
+                    tokenizer,
+                    cache_dir=self.cache_dir,
+                    encode_prefix=self._encode_prefix,
+                    size_limit=self._size_limit,
+                )
             return self._runtime
 
     @property
@@ -209,6 +195,8 @@ class A3Engine:
         ------
         ContextOverflowError
             A chunk does not fit into the context window. Nothing was computed.
+        StoreError
+            A chunk cannot be written. Those before it are stored.
         """
         runtime = self.runtime
         if runtime.library is None:
@@ -224,7 +212,7 @@ class A3Engine:
         missing = runtime.library.missing(segments)
         bar = tqdm(missing, desc="Computing KV", unit="chunk", disable=not progress or not missing)
         for segment in bar:
-            runtime.library.fetch(segment)
+            runtime.library.fetch(segment, must_store=True)
             runtime.library.remember([segment])
         runtime.library.remember(segments)
         return Precomputed(len(missing), len(segments) - len(missing))
@@ -254,9 +242,7 @@ class A3Engine:
         """Release the store's files. The engine can be used again; it then opens anew."""
         with self._starting:
             if self._runtime is not None:
-                self._runtime.store.close()
-                if self._runtime.library is not None:
-                    self._runtime.library.catalogue.close()
+                self._runtime.close()
                 self._runtime = None
 
     # Answers
@@ -314,17 +300,19 @@ class A3Engine:
         ValueError
             The request is empty or a setting is out of range.
         """
-        return TokenStream(self._work(request, chunks, selector, ratio, sampling))
+        return TokenStream(
+            self._work(request, chunks=chunks, selector=selector, ratio=ratio, **sampling)
+        )
 
     def generate(self, request: Request, **options: Any) -> Answer:
         """The whole answer; the options are those of :meth:`stream`."""
         pieces: list[str] = []
-        report = self._work_from(request, **options)(pieces.append, lambda: False)
+        report = self._work(request, **options)(pieces.append, lambda: False)
         return Answer("".join(pieces), report)
 
     async def astream(self, request: Request, **options: Any) -> AsyncTokenStream:
         """:meth:`stream` for an event loop."""
-        return AsyncTokenStream(lambda emit, gone: self._work_from(request, **options)(emit, gone))
+        return AsyncTokenStream(lambda emit, gone: self._work(request, **options)(emit, gone))
 
     async def agenerate(self, request: Request, **options: Any) -> Answer:
         """:meth:`generate` for an event loop; cancelling it stops the computation."""
@@ -352,58 +340,15 @@ class A3Engine:
             Slots for tokens behind the prompt; the cache grows beyond them where needed.
         """
         prompt = self.plan(request, chunks)
-        return prompt, self._assemble(prompt, self._selector(selector, ratio), room, FusionReport())
+        method = self._selector(selector, ratio)
+        return prompt, assemble(self.runtime, prompt, method, room, FusionReport())
 
     # How
-
-    def _start(self) -> Runtime:
-        model, tokenizer = self._load()
-        planner = PromptPlanner(tokenizer, self._encode_prefix)
-        support = examine(model)
-        if support.reason is not None:
-            logger.warning("%s is served by ordinary prefill: %s.", self.name, support.reason)
-        elif not support.tested:
-            logger.warning(
-                "%s passed the self-check, but its type %r is not among those tested.",
-                self.name,
-                model.config.get_text_config().model_type,
-            )
-        store = DiskStore(self.cache_dir / "chunks", self._size_limit)
-        logger.info("Chunk store at %s, up to %.1f GiB.", store.directory, self._size_limit / 2**30)
-        library = None
-        fingerprint = digest(
-            model_fingerprint(model),
-            tokenizer_fingerprint(tokenizer),
-            "raw",
-            support.rotation.inv_freq.tolist() if support.rotation else None,
-        )
-        if support.rotation is not None:
-            catalogue = Catalogue(self.cache_dir / "texts.sqlite3", fingerprint)
-            library = ChunkLibrary(
-                model.get_decoder(),
-                support.rotation,
-                store,
-                catalogue,
-                engine=fingerprint,
-                dtype=str(model.dtype),
-                prefix_ids=planner.prefix_ids,
-                computing=lambda: self._computing,
-            )
-            planner.find = catalogue.find
-        return Runtime(
-            model,
-            tokenizer,
-            planner,
-            support,
-            store,
-            library,
-            digest(fingerprint, planner.prefix_ids),
-        )
 
     def _selector(self, selector: str | Selector | None, ratio: float | None) -> Selector:
         return make_selector(self.selector if selector is None else selector, ratio)
 
-    def _work_from(
+    def _work(
         self,
         request: Request,
         *,
@@ -412,142 +357,19 @@ class A3Engine:
         ratio: float | None = None,
         **sampling: Any,
     ) -> Work:
-        return self._work(request, chunks, selector, ratio, sampling)
-
-    def _work(
-        self,
-        request: Request,
-        chunks: Sequence[str | Chunk],
-        selector: str | Selector | None,
-        ratio: float | None,
-        sampling: dict[str, Any],
-    ) -> Work:
         """Check everything that can be wrong with a request now, and answer it later."""
-        self.runtime  # noqa: B018  loading the model is not part of the request
+        runtime = self.runtime  # loading the model is not part of the request
         started = time.perf_counter()
         method, settings = self._selector(selector, ratio), Sampling(**sampling)
         prompt = self.plan(request, chunks)
         self._check_room(prompt.n_tokens, settings.max_new_tokens)
-        return lambda emit, abandoned: self._answer(
-            prompt, method, settings, started, emit, abandoned
+        return lambda emit, abandoned: answer(
+            runtime, prompt, method, settings, started, emit, abandoned
         )
 
     def _check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
         if prompt_tokens + max_new_tokens > self.context_window:
             raise ContextOverflowError(prompt_tokens, max_new_tokens, self.context_window)
-
-    def _why_prefill(self, prompt: Prompt, selector: Selector, room: int) -> str | None:
-        """Why a request takes the ordinary way; None if it can be fused."""
-        support = self.runtime.support
-        if isinstance(selector, FullPrefill):
-            return "full_prefill was asked for"
-        if support.rotation is None:
-            return support.reason
-        limit = support.rotation.max_tokens
-        if limit is not None and prompt.n_tokens + room > limit:
-            return f"longrope changes its frequencies beyond {limit} tokens"
-        if not any(segment.kind == "chunk" for segment in prompt.segments):
-            return "the prompt holds no known chunk"
-        return None
-
-    def _assemble(
-        self,
-        prompt: Prompt,
-        selector: Selector,
-        room: int,
-        report: FusionReport,
-        abandoned: Callable[[], bool] = lambda: False,
-    ) -> FusedCache:
-        """Fetch the chunks and lay them into a cache, with the pass that will complete it."""
-        runtime = self.runtime
-        assert runtime.library is not None
-        assert runtime.support.rotation is not None
-        started = time.perf_counter()
-        loaded = []
-        for start, segment in prompt.cached:
-            if abandoned():
-                raise Abandoned
-            fetched = runtime.library.fetch(segment)
-            loaded.append((start, fetched.kv))
-            report.encode_s += fetched.seconds
-            if segment.kind == "chunk":
-                report.chunks.append(
-                    ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.kv.nbytes)
-                )
-            if fetched.hit:
-                report.cached_tokens += len(segment.ids)
-            else:
-                report.created_tokens += len(segment.ids)
-        runtime.library.remember([s for s in prompt.segments if s.kind == "chunk"])
-        with self._computing:
-            cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
-            load_chunks(cache, runtime.support.rotation, loaded)
-            report.load_s = time.perf_counter() - started - report.encode_s
-            layout = prompt.layout(runtime.library.prefix_ids)
-            drift = (
-                Drift(selector.repair, layout, runtime.support.rotation)
-                if selector.repair
-                else None
-            )
-            fusion = FusionPass(cache, layout, selector, abandoned, drift)
-            if isinstance(selector, QuestionSelector) and fusion.selected is None:
-                layers = selector.layers(len(cache.layers))
-                attention = question_attention(
-                    runtime.model.get_decoder(), cache, fusion, prompt.ids, layers
-                )
-                fusion.take(selector.select(layout, attention))
-        return cache
-
-    def _answer(
-        self,
-        prompt: Prompt,
-        selector: Selector,
-        sampling: Sampling,
-        started: float,
-        emit: Callable[[str], None],
-        abandoned: Callable[[], bool],
-    ) -> FusionReport:
-        runtime = self.runtime
-        report = FusionReport(
-            model=self.name,
-            selector=selector.name,
-            ratio=selector.ratio,
-            prompt_tokens=prompt.n_tokens,
-            fallback_reason=self._why_prefill(prompt, selector, sampling.max_new_tokens),
-        )
-        emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
-        cache = None
-        try:
-            if report.fused:
-                cache = self._assemble(prompt, selector, sampling.max_new_tokens, report, abandoned)
-            with self._computing:
-                if abandoned():
-                    raise Abandoned
-                began = time.perf_counter()
-                report.finish_reason = decode(
-                    runtime.model,
-                    runtime.tokenizer,
-                    prompt.ids,
-                    cache,
-                    sampling,
-                    emitter,
-                    abandoned,
-                )
-                ended = time.perf_counter()
-        except Abandoned:
-            return replace(report, finish_reason="abandoned")
-        report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens
-        report.generated_tokens = emitter.n_tokens
-        first = emitter.first_token_at or ended
-        report.ttft_s, report.decode_s = first - started, ended - first
-        report.recompute_s = first - began
-        if cache is not None and cache.fusion is not None:
-            fusion = cache.fusion
-            report.select_s = fusion.select_seconds
-            if isinstance(selector, LayerSelector):  # it selects inside the pass
-                report.recompute_s -= report.select_s
-            report.recomputed_tokens = 0 if fusion.selected is None else len(fusion.selected)
-        return report
 
 
 def _from_recipe(recipe: dict[str, Any]) -> A3Engine:

@@ -251,7 +251,7 @@ class PromptPlanner:
         if not self.tokenizer.chat_template:
             return self._bos
         head = self._pieces([Message("user", "x")])[0]
-        return self._with_bos(self.tokenize_template(head)) if isinstance(head, str) else ()
+        return self._with_bos(self.tokenize_template(head) if isinstance(head, str) else ())
 
     def _render(self, conversation: list[dict[str, str]]) -> str:
         rendered = self.tokenizer.apply_chat_template(

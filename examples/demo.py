@@ -71,7 +71,10 @@ def build_index(llm: A3LLM) -> VectorStoreIndex:
             f"Ingested {len(documents)} documents as {len(nodes)} nodes in {seconds:.1f} s; "
             "their KV stays on disk for the next run."
         )
-    print(f"Store: {after.directory}, {after.nbytes / 2**20:.0f} MiB in {after.entries} entries.\n")
+    print(
+        f"Store: {after.directory}, {after.nbytes / 2**20:.0f} MiB in {after.entries} entries, "
+        f"limit {after.size_limit / 2**30:.0f} GiB.\n"
+    )
     return VectorStoreIndex(nodes, embed_model=embedding)
 
 

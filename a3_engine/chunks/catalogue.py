@@ -63,8 +63,8 @@ class Catalogue:
         ]
         with self._lock, self._db:
             self._db.executemany(
-                "INSERT OR IGNORE INTO texts (engine, sha256, anchor, chars, tag) "
-                "VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO texts (engine, sha256, anchor, chars, tag) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL",
                 rows,
             )
 

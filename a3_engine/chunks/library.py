@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -15,8 +15,11 @@ from a3_engine.chunks.codec import ChunkKV, Header
 from a3_engine.chunks.encoding import encode_chunk
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.store import ChunkStore
+from a3_engine.errors import StoreError
 from a3_engine.model.rotary import Rotation
 from a3_engine.prompt import Segment
+
+logger = logging.getLogger(__name__)
 
 STRIPES = 64
 
@@ -42,8 +45,8 @@ class ChunkLibrary:
         The dtype that payloads must have.
     prefix_ids : tuple of int
         What chunks are computed behind; may be empty.
-    computing : callable
-        A lock to hold while the model computes.
+    computing : threading.Lock
+        Held while the model computes.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class ChunkLibrary:
         engine: str,
         dtype: str,
         prefix_ids: tuple[int, ...],
-        computing: Callable[[], AbstractContextManager[object]],
+        computing: threading.Lock,
     ) -> None:
         self.store = store
         self.catalogue = catalogue
@@ -68,13 +71,17 @@ class ChunkLibrary:
         self._flights = [threading.Lock() for _ in range(STRIPES)]
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Those that are not stored, each once."""
+        """Those that are not stored, each once; the stored ones take over the segments' tags."""
         by_key = {self.header(segment).key: segment for segment in segments}
         stored = self.store.contains_many(by_key)
+        self.store.retag({key: tag for key in stored if (tag := by_key[key].tag) is not None})
         return [segment for key, segment in by_key.items() if key not in stored]
 
-    def fetch(self, segment: Segment) -> Fetched:
+    def fetch(self, segment: Segment, *, must_store: bool = False) -> Fetched:
         """Load a segment's KV, or compute and store it.
+
+        Where it cannot be stored it serves this request alone, with a warning, unless
+        ``must_store`` makes that an error.
 
         Never call this while holding the lock for computing: another thread may hold the flight
         and wait for that lock.
@@ -88,10 +95,15 @@ class ChunkLibrary:
         with self._flights[int(header.key[:8], 16) % STRIPES]:
             if (kv := self.store.get(header)) is not None:
                 return Fetched(kv, True, 0.0)
-            with self._computing():
+            with self._computing:
                 started = time.perf_counter()
                 kv = encode_chunk(self._decoder, self._rotation, segment.ids, prefix)
-            self.store.put(header, kv, segment.tag)
+            try:
+                self.store.put(header, kv, segment.tag)
+            except StoreError as error:
+                if must_store:
+                    raise
+                logger.warning("%s The chunk serves this request only.", error)
             return Fetched(kv, False, time.perf_counter() - started)
 
     def remember(self, segments: Sequence[Segment]) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from a3_engine.errors import StoreError
 logger = logging.getLogger(__name__)
 
 DEFAULT_SIZE_LIMIT = 20 * 2**30
+ATTEMPTS = 10
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{28}\.val")
 
 
@@ -53,8 +54,15 @@ class SafeDisk(diskcache.Disk):
             raise TypeError(f"Payloads are bytes, not {type(value).__name__}.")
         name, path = self.filename(key, value)
         name = name.replace(os.sep, "/")
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(path, "xb") as file:
+        for attempt in range(ATTEMPTS):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            try:
+                file = open(path, "xb")  # noqa: SIM115
+                break
+            except FileNotFoundError:  # another process has just removed the empty folder
+                if attempt == ATTEMPTS - 1:
+                    raise
+        with file:
             file.write(value)
             file.flush()
             # The index row that follows reports the chunk as stored: the bytes come first.
@@ -98,10 +106,19 @@ class ChunkStore(Protocol):
         """The chunk, or None; a damaged or foreign entry is removed and is a miss."""
 
     def put(self, header: Header, kv: ChunkKV, tag: str | None = None) -> int:
-        """Keep a chunk; it is durable on return. Returns the bytes written."""
+        """Keep a chunk; it is durable on return. Returns the bytes written.
+
+        Raises
+        ------
+        StoreError
+            It cannot be written.
+        """
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that are stored."""
+
+    def retag(self, tags: Mapping[str, str]) -> None:
+        """Give stored chunks, by key, other tags; one of several documents has the last one's."""
 
     def evict(self, tag: str) -> int:
         """Remove all chunks with this tag; returns how many."""
@@ -175,12 +192,25 @@ class DiskStore:
                 self.size_limit,
             )
             return 0
-        self._cache.set(header.key, payload, tag=tag, retry=True)
-        self._make_room()
+        try:
+            self._cache.set(header.key, payload, tag=tag, retry=True)
+            self._make_room()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"A chunk cannot be written to {self.directory}: {error}. "
+                "Free some space or make the folder writable."
+            ) from error
         return len(payload)
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         return {key for key in keys if key in self._cache}
+
+    def retag(self, tags: Mapping[str, str]) -> None:
+        with self._index() as index:
+            index.executemany(
+                "UPDATE Cache SET tag = :tag WHERE key = :key AND raw AND tag IS NOT :tag",
+                [{"key": key, "tag": tag} for key, tag in tags.items()],
+            )
 
     def evict(self, tag: str) -> int:
         return self._cache.evict(tag, retry=True)

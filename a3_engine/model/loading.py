@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from a3_engine.errors import ModelLoadError
-from a3_engine.model.gguf import DEMO_MODEL, demo_gguf, dequantized
+from a3_engine.model.gguf import DEMO_MODEL, LOADING, demo_gguf, dequantized
 
 
 def default_cache_dir() -> Path:
@@ -79,10 +79,11 @@ def load_model(
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default_dtype(where)
     location = str(source) if source.exists() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            location, dtype=kind, trust_remote_code=trust_remote_code
-        )
+        with LOADING:
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                location, dtype=kind, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelLoadError(
             f"No model could be loaded from {name!r}: {error}. Give a hub id, a local folder in "

@@ -16,6 +16,7 @@ from a3_engine.errors import UnsupportedModelError
 from a3_engine.fusion.fuse import FusionPass, install_hooks
 from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.loading import allocate
+from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.model.attention import install
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
@@ -127,16 +128,19 @@ def _self_check(model: PreTrainedModel, decoder: PreTrainedModel, rotation: Rota
     positions = torch.arange(PROBE_TOKENS)
     fresh = torch.cat([positions[: middle.start], positions[middle.stop :]])
     layout = Layout(PROBE_TOKENS, (middle,), middle.start, fresh, question=fresh[-4:])
-    for ratio in (1.0, 0.0):
+    # All rows, only the fresh ones, and a selection in the middle of the pass.
+    for selector in (FullReuse(ratio=1.0), FullReuse(ratio=0.0), A3(ratio=0.3)):
         cache = allocate(model, PROBE_TOKENS, PROBE_TOKENS)
         for ours, theirs in zip(cache.layers, near.layers, strict=True):
             rows = positions[middle.start : middle.stop]
             ours.write(rows, theirs.keys[:, :, rows], theirs.values[:, :, rows])
-        FusionPass(cache, layout, FullReuse(ratio=ratio))
+        FusionPass(cache, layout, selector)
         fused = model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         if not _close(fused.logits, full.logits, tolerance):
-            what = "recomputing every token" if ratio else "computing around a cached chunk"
-            raise UnsupportedModelError(f"{what} does not reproduce a full prefill")
+            raise UnsupportedModelError(
+                f"{selector.name} at ratio {selector.ratio} around an exact chunk does not "
+                "reproduce a full prefill"
+            )
 
 
 def _close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> bool:

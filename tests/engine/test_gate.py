@@ -42,6 +42,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**SHAPE, "num_local_experts": 4}),
     "gpt-oss": ("GptOss", {**SHAPE, "num_local_experts": 4, "rope_parameters": rope()}),
     "exaone4": ("Exaone4", SHAPE),
+    "diffllama": ("DiffLlama", DERIVED),
     "persimmon": ("Persimmon", DERIVED),
     "doge": ("Doge", DERIVED),
 }

@@ -216,3 +216,14 @@ def test_other_engines_on_one_folder_read_nothing(tiny_engine, tmp_path, differe
     assert other.generate(ASK, chunks=[LAMP], max_new_tokens=4).report.hits == 1
     same.close()
     other.close()
+
+
+def test_a_tag_given_later_evicts_too(tiny_engine):
+    """A chunk stored without a tag, or under another one, belongs to the document that came last."""
+    engine = tiny_engine()
+    engine.precompute([LAMP], progress=False)
+    engine.precompute([Chunk(LAMP, "first")], progress=False)
+    engine.precompute([Chunk(LAMP, "second")], progress=False)
+    assert engine.evict("first") == 0
+    assert engine.evict("second") == 1
+    assert engine.generate(f"{LAMP} {ASK}", max_new_tokens=2).report.cached_tokens == 0

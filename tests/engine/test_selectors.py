@@ -242,3 +242,14 @@ def test_ratios_outside_0_to_1_are_refused(tiny_engine, name, ratio):
         tiny_engine(selector=name, ratio=ratio)
     with pytest.raises(ValueError, match=str(ratio)):
         make_selector(name, ratio)
+
+
+def test_settings_that_make_no_sense_are_refused(tiny_engine):
+    """A layer that the model does not have, or a pooling width without a middle."""
+    engine = tiny_engine()
+    for layer in (-1, 4):
+        with pytest.raises(ValueError, match="layers 0 to 3"):
+            engine.fuse("Who?", chunks=["The lamp burns."], selector=A3(layer=layer))
+    for pool in (0, 4):
+        with pytest.raises(ValueError, match="odd"):
+            A3(pool=pool)

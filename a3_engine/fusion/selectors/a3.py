@@ -36,6 +36,11 @@ class A3(LayerSelector):
     name: ClassVar[str] = "a3"
     pool: int = 5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ValueError(f"The pooling width is odd and positive, not {self.pool}.")
+
     def budget(self, layout: Layout) -> int:
         candidates = sum(span.stop - span.start for span in layout.chunks)
         return min(int((layout.n_tokens - layout.n_question) * self.ratio), candidates)

@@ -1,0 +1,105 @@
+"""What an engine makes on first use: the model, its planner, the gate's word, the chunks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
+from a3_engine.chunks.library import ChunkLibrary
+from a3_engine.chunks.store import DiskStore
+from a3_engine.model.support import Support, examine
+from a3_engine.prompt import PromptPlanner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded model and what serves it.
+
+    ``library`` is None for a model that the gate refused. ``computing`` is held while the model
+    computes: two requests at once on one device take longer than one after the other.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    planner: PromptPlanner
+    support: Support
+    store: DiskStore
+    library: ChunkLibrary | None
+    fingerprint: str
+    computing: threading.Lock
+
+    def close(self) -> None:
+        """Release file handles."""
+        self.store.close()
+        if self.library is not None:
+            self.library.catalogue.close()
+
+
+def start(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: Path,
+    encode_prefix: str,
+    size_limit: int,
+) -> Runtime:
+    """Examine a model and open its store.
+
+    Raises
+    ------
+    StoreError
+        The folder cannot be used.
+    """
+    planner = PromptPlanner(tokenizer, encode_prefix)
+    support = examine(model)
+    if support.reason is not None:
+        logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
+    elif not support.tested:
+        logger.warning(
+            "%s passed the self-check, but its type %r is not among those tested.",
+            name,
+            model.config.get_text_config().model_type,
+        )
+    store = DiskStore(cache_dir / "chunks", size_limit)
+    logger.info("Chunk store at %s, up to %.1f GiB.", store.directory, size_limit / 2**30)
+    engine = digest(
+        model_fingerprint(model),
+        tokenizer_fingerprint(tokenizer),
+        "raw",
+        support.rotation.inv_freq.tolist() if support.rotation else None,
+    )
+    computing = threading.Lock()
+    library = None
+    if support.rotation is not None:
+        library = ChunkLibrary(
+            model.get_decoder(),
+            support.rotation,
+            store,
+            Catalogue(cache_dir / "texts.sqlite3", engine),
+            engine=engine,
+            dtype=str(model.dtype),
+            prefix_ids=planner.prefix_ids,
+            computing=computing,
+        )
+        planner.find = library.catalogue.find
+    return Runtime(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        planner=planner,
+        support=support,
+        store=store,
+        library=library,
+        fingerprint=digest(engine, planner.prefix_ids),
+        computing=computing,
+    )
