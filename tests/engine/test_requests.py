@@ -219,7 +219,7 @@ def test_other_engines_on_one_folder_read_nothing(tiny_engine, tmp_path, differe
 
 
 def test_a_tag_given_later_evicts_too(tiny_engine):
-    """A chunk stored without a tag, or under another one, belongs to the document that came last."""
+    """A chunk stored without a tag, or under another one, belongs to the last document."""
     engine = tiny_engine()
     engine.precompute([LAMP], progress=False)
     engine.precompute([Chunk(LAMP, "first")], progress=False)
