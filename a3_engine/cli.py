@@ -34,13 +34,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("eval", help="compare methods on questions with passages")
-    run.add_argument("task", nargs="?", choices=("fidelity", "qa"), default="fidelity")
-    run.add_argument("--data", type=Path, action="append", help="JSON lines; the sample if absent")
-    run.add_argument("--methods", default=f"full_reuse,a3,{DEFAULT}", help="by comma; or 'default'")
-    run.add_argument("--ratios", default="0.15", help="by comma")
+    run.add_argument(
+        "task",
+        nargs="?",
+        choices=("fidelity", "qa"),
+        default="fidelity",
+        help="fidelity: distance from a full prefill of the same ids; qa: exact match and F1",
+    )
+    run.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        help='JSON lines {"question", "answers", "ctxs": [{"title", "text"}]}; repeatable; '
+        "the shipped sample if absent",
+    )
+    run.add_argument(
+        "--methods",
+        default=f"full_reuse,a3,{DEFAULT}",
+        help="names, separated by commas (default: %(default)s)",
+    )
+    run.add_argument("--ratios", default="0.15", help="separated by commas (default: 0.15)")
     run.add_argument("--half", choices=("first", "second"), help="of each file: tune, then report")
     run.add_argument("--limit", type=int, help="at most so many rows of each file")
-    run.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} rows of the sample")
+    run.add_argument(
+        "--quick", action="store_true", help=f"only {QUICK_ROWS} rows of the shipped sample"
+    )
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     run.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")

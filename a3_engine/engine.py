@@ -202,13 +202,20 @@ class A3Engine:
         if runtime.library is None:
             logger.warning("Nothing is precomputed: %s.", runtime.support.reason)
             return Precomputed(0, 0)
+        _refuse_bare_text(chunks)
         segments = []
         for chunk in chunks:
             text, tag = (chunk.text, chunk.tag) if isinstance(chunk, Chunk) else (chunk, None)
             if ids := runtime.planner.chunk_ids(text):
                 segments.append(Segment("chunk", ids, text.strip(), tag))
         for segment in segments:
-            self._check_room(len(runtime.planner.prefix_ids) + len(segment.ids), 0)
+            n_tokens = len(runtime.planner.prefix_ids) + len(segment.ids)
+            if n_tokens >= self.context_window:
+                raise ContextOverflowError(
+                    f"A chunk has {n_tokens} tokens with what it is computed behind; the model's "
+                    f"context window is {self.context_window}. Split it into smaller chunks. It "
+                    f"begins with {segment.text[:40]!r}."
+                )
         missing = runtime.library.missing(segments)
         bar = tqdm(missing, desc="Computing KV", unit="chunk", disable=not progress or not missing)
         for segment in bar:
@@ -264,7 +271,10 @@ class A3Engine:
         """
         if isinstance(request, Prompt):
             return request
+        _refuse_bare_text(chunks)
         if isinstance(request, str):
+            if not request.strip():
+                raise ValueError("The question is empty.")
             content: list[str | Chunk] = []
             for chunk in chunks:
                 content += [chunk if isinstance(chunk, Chunk) else Chunk(chunk), "\n\n"]
@@ -360,6 +370,11 @@ class A3Engine:
         """Check everything that can be wrong with a request now, and answer it later."""
         runtime = self.runtime  # loading the model is not part of the request
         started = time.perf_counter()
+        if unknown := set(sampling) - set(Sampling.__dataclass_fields__):
+            raise TypeError(
+                f"There is no setting {', '.join(sorted(unknown))}; "
+                f"sampling takes {', '.join(Sampling.__dataclass_fields__)}."
+            )
         method, settings = self._selector(selector, ratio), Sampling(**sampling)
         prompt = self.plan(request, chunks)
         self._check_room(prompt.n_tokens, settings.max_new_tokens)
@@ -369,7 +384,18 @@ class A3Engine:
 
     def _check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
         if prompt_tokens + max_new_tokens > self.context_window:
-            raise ContextOverflowError(prompt_tokens, max_new_tokens, self.context_window)
+            excess = prompt_tokens + max_new_tokens - self.context_window
+            raise ContextOverflowError(
+                f"The prompt has {prompt_tokens} tokens and the answer may take {max_new_tokens}, "
+                f"together {excess} more than the model's context window of "
+                f"{self.context_window}. Retrieve fewer or shorter chunks, lower max_new_tokens, "
+                "or use a model with a longer context. Nothing was cut."
+            )
+
+
+def _refuse_bare_text(chunks: Iterable[str | Chunk]) -> None:
+    if isinstance(chunks, (str, Chunk)):
+        raise TypeError("Give a list of chunks, not a single one: [text] instead of text.")
 
 
 def _from_recipe(recipe: dict[str, Any]) -> A3Engine:

@@ -13,18 +13,6 @@ class ContextOverflowError(A3Error):
     Not a `ValueError`: LlamaIndex's synthesizers catch those and answer "Empty Response".
     """
 
-    def __init__(self, prompt_tokens: int, max_new_tokens: int, context_window: int) -> None:
-        excess = prompt_tokens + max_new_tokens - context_window
-        super().__init__(
-            f"The prompt has {prompt_tokens} tokens and the answer may take {max_new_tokens}, "
-            f"together {excess} more than the model's context window of {context_window}. "
-            "Retrieve fewer or shorter chunks, lower max_new_tokens, or use a model with a longer "
-            "context. Nothing was cut."
-        )
-        self.prompt_tokens = prompt_tokens
-        self.max_new_tokens = max_new_tokens
-        self.context_window = context_window
-
 
 class ModelLoadError(A3Error, RuntimeError):
     """A model or its tokenizer could not be found or read."""

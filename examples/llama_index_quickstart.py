@@ -32,7 +32,7 @@ query_engine = index.as_query_engine(
     response_synthesizer=A3Synthesizer(llm, streaming=True),
 )
 
-response = query_engine.query("Which river flows through Newcastle upon Tyne?")
+response = query_engine.query("Where does the Middle Rhine flow between Bingen and Bonn?")
 response.print_response_stream()
 print("\n\nSources:", sorted({node.metadata["title"] for node in response.source_nodes}))
 print(llm.last_report)

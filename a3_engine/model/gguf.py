@@ -63,7 +63,7 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
         The file cannot be read, or its architecture is unknown to transformers.
     """
     if not gguf.is_file():
-        raise ModelLoadError(f"There is no GGUF file at {gguf}.")
+        raise ModelLoadError(f"There is no GGUF file at {gguf}. Check the path.")
     folder = cache_dir / "models" / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
     if folder.exists():
         if _intact(folder):

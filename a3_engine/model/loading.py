@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from a3_engine.errors import ModelLoadError
+from a3_engine.errors import ModelLoadError, StoreError
 from a3_engine.model.gguf import DEMO_MODEL, LOADING, demo_gguf, dequantized
 
 
@@ -69,6 +69,8 @@ def load_model(
         Nothing loadable was found; the message says what was tried.
     """
     name = str(model)
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise StoreError(f"cache_dir is a file: {cache_dir}. Give a folder.")
     if name.lower() == DEMO_MODEL:
         source = dequantized(demo_gguf(), cache_dir)
     elif name.lower().endswith(".gguf"):
@@ -76,7 +78,11 @@ def load_model(
     else:
         source = Path(model).expanduser()
     where = torch.device(device) if device is not None else best_device()
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default_dtype(where)
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or default_dtype(where)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"There is no dtype {dtype!r}; use bfloat16, float16 or float32.")
+    if name.startswith((".", "/", "~")) and not source.exists():
+        raise ModelLoadError(f"There is no model folder at {source}.")
     location = str(source) if source.exists() else name
     try:
         with LOADING:
@@ -89,4 +95,7 @@ def load_model(
             f"No model could be loaded from {name!r}: {error}. Give a hub id, a local folder in "
             f"the format of transformers, a .gguf file, or {DEMO_MODEL!r}."
         ) from error
-    return loaded.to(where).eval(), tokenizer
+    try:
+        return loaded.to(where).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ModelLoadError(f"{name} cannot be moved to {where}: {error}") from error

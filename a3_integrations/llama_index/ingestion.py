@@ -36,6 +36,8 @@ class A3PrecomputeTransform(TransformComponent):
 
     def __init__(self, llm: A3LLM | A3Engine, show_progress: bool = True, **_: Any) -> None:
         engine = llm.engine if isinstance(llm, A3LLM) else llm
+        if not isinstance(engine, A3Engine):
+            raise TypeError(f"A3PrecomputeTransform needs an A3LLM, not {type(llm).__name__}.")
         super().__init__(fingerprint=engine.fingerprint, show_progress=show_progress)
         self._engine = engine
 

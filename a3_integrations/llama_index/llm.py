@@ -33,6 +33,7 @@ from llama_index.core.llms.llm import LLM
 from a3_engine import A3Engine, FusionReport, Message
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.engine import Request
+from a3_engine.fusion.selectors import make_selector
 from a3_engine.model.gguf import DEMO_MODEL
 
 # Names that callers of other LLMs use for our settings.
@@ -64,14 +65,18 @@ class A3LLM(LLM):
         default=DEMO_MODEL, description="Hub id, local folder, GGUF file, or the demo model's name."
     )
     cache_dir: str | None = Field(
-        default=None, description="Folder for chunks; the user's cache folder where None."
+        default=None,
+        description="Folder for chunks and unpacked models; the user's cache folder where None.",
     )
     device: str | None = Field(default=None, description="CUDA or MPS where there is one, if None.")
     dtype: str | None = Field(default=None, description="bfloat16, float16 or float32.")
     trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
-    encode_prefix: str = Field(default="template", description="What chunks are computed behind.")
+    encode_prefix: str = Field(
+        default="template",
+        description="What chunks are computed behind: template, bos, none, or a text.",
+    )
     size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
     max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
@@ -84,6 +89,10 @@ class A3LLM(LLM):
     _last_report: FusionReport | None = PrivateAttr(default=None)
 
     def __init__(self, model: str = DEMO_MODEL, *, engine: A3Engine | None = None, **fields: Any):
+        if unknown := set(fields) - set(type(self).model_fields):
+            raise TypeError(f"A3LLM has no field {', '.join(sorted(unknown))}.")
+        if fields.get("selector") is not None:
+            make_selector(fields["selector"], fields.get("ratio"))  # an unknown one fails here
         super().__init__(model=engine.name if engine else model, **fields)
         self._engine = engine or A3Engine.from_pretrained(
             self.model,
@@ -106,7 +115,10 @@ class A3LLM(LLM):
 
     @property
     def last_report(self) -> FusionReport | None:
-        """Report of the request that finished last; with several threads read ``raw["a3"]``."""
+        """Report of the request that finished last; a stream's is there when it was read.
+
+        With several threads read ``raw["a3"]`` of the response instead.
+        """
         return self._last_report
 
     @property

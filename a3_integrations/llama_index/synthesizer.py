@@ -42,6 +42,10 @@ class A3Synthesizer(CompactAndRefine):
     """
 
     def __init__(self, llm: LLM | None = None, **options: Any) -> None:
+        if llm is None and Settings._llm is None:
+            raise TypeError(
+                "A3Synthesizer needs an A3LLM: pass llm=A3LLM(...) or set Settings.llm."
+            )
         llm = llm or Settings.llm
         own = llm.llm if isinstance(llm, StructuredLLM) else llm
         if not isinstance(own, A3LLM):
