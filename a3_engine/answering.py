@@ -62,7 +62,6 @@ def assemble(
             report.cached_tokens += len(segment.ids)
         else:
             report.created_tokens += len(segment.ids)
-    runtime.library.remember([s for s in prompt.segments if s.kind == "chunk"])
     with runtime.computing:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
         load_chunks(cache, runtime.support.rotation, loaded)

@@ -220,8 +220,7 @@ class A3Engine:
         bar = tqdm(missing, desc="Computing KV", unit="chunk", disable=not progress or not missing)
         for segment in bar:
             runtime.library.fetch(segment, must_store=True)
-            runtime.library.remember([segment])
-        runtime.library.remember(segments)
+        runtime.library.catalogue.add((segment.text, segment.tag) for segment in segments)
         return Precomputed(len(missing), len(segments) - len(missing))
 
     def remember(self, chunks: Iterable[Chunk]) -> None:

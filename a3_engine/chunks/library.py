@@ -78,7 +78,7 @@ class ChunkLibrary:
         return [segment for key, segment in by_key.items() if key not in stored]
 
     def fetch(self, segment: Segment, *, must_store: bool = False) -> Fetched:
-        """Load a segment's KV, or compute and store it.
+        """Load a segment's KV, or compute and store it, and know its text from then on.
 
         Where it cannot be stored it serves this request alone, with a warning, unless
         ``must_store`` makes that an error.
@@ -100,15 +100,12 @@ class ChunkLibrary:
                 kv = encode_chunk(self._decoder, self._rotation, segment.ids, prefix)
             try:
                 self.store.put(header, kv, segment.tag)
+                self.catalogue.add([(segment.text, segment.tag)])
             except StoreError as error:
                 if must_store:
                     raise
                 logger.warning("%s The chunk serves this request only.", error)
             return Fetched(kv, False, time.perf_counter() - started)
-
-    def remember(self, segments: Sequence[Segment]) -> None:
-        """Let the texts of these chunks be found inside plain prompts."""
-        self.catalogue.add((segment.text, segment.tag) for segment in segments)
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag; returns how many were stored."""

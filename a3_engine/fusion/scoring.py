@@ -26,8 +26,11 @@ class AttentionSums:
 
     def __init__(self, layout: Layout, layers: range) -> None:
         self._layers = layers
-        self._question = layout.question
         self._index = torch.searchsorted(layout.fresh, layout.question)
+        # Causal within the question only: its words may also stand ahead of the documents.
+        self._first = int(layout.question[0])
+        where = torch.arange(self._first, layout.n_tokens)
+        self._after = torch.isin(where, layout.question) & (where > layout.question[:, None])
         self.by_layer: list[torch.Tensor] = []
 
     def observe(
@@ -42,12 +45,8 @@ class AttentionSums:
         scores = torch.matmul(
             question.reshape(kv_heads, group * n_question, head_dim), key[0].transpose(1, 2)
         )
-        # Causal within the question only: its words may also stand ahead of the documents.
-        first = int(self._question[0])
-        where = torch.arange(first, n_tokens)
-        after = torch.isin(where, self._question) & (where > self._question[:, None])
-        scores.view(kv_heads, group, n_question, n_tokens)[..., first:].masked_fill_(
-            after.to(scores.device), float("-inf")
+        scores.view(kv_heads, group, n_question, n_tokens)[..., self._first :].masked_fill_(
+            self._after.to(scores.device), float("-inf")
         )
         weights = torch.softmax(scores, dim=-1)
         self.by_layer.append(weights.mean(dim=(0, 1), dtype=torch.float32))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,10 @@ def attend_rows(
     block = CPU_BLOCK_ROWS if query.device.type == "cpu" else n_rows
     # One list on the host: slicing by tensor values would synchronise once a block on CUDA.
     bounds = rows.positions.tolist() if block < n_rows else [0] * (n_rows - 1) + [key.shape[2] - 1]
-    attend = _attend_fused if softcap is None and not _multiplies_faster(query) else _attend_plain
+    if softcap is None and not _multiplies_faster(query):
+        attend = _attend_fused
+    else:
+        attend = partial(_attend_plain, softcap=softcap)
     output = torch.empty_like(query)
     for start in range(0, n_rows, block):
         stop = min(start + block, n_rows)
@@ -145,7 +149,6 @@ def attend_rows(
             value[:, :, first:last],
             hidden,
             scaling,
-            softcap,
         )
     return output.transpose(1, 2)
 
@@ -166,7 +169,6 @@ def _attend_fused(
     value: torch.Tensor,
     hidden: torch.Tensor,
     scaling: float,
-    softcap: float | None,
 ) -> torch.Tensor:
     visible = torch.nn.functional.pad(~hidden, (key.shape[2] - hidden.shape[1], 0), value=True)
     return scaled_dot_product_attention(

@@ -41,10 +41,6 @@ class A3(LayerSelector):
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"The pooling width is odd and positive, not {self.pool}.")
 
-    def budget(self, layout: Layout) -> int:
-        candidates = sum(span.stop - span.start for span in layout.chunks)
-        return min(int((layout.n_tokens - layout.n_question) * self.ratio), candidates)
-
     def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
         assert fresh.query is not None
         device = fresh.key.device

@@ -52,8 +52,7 @@ class Selector(ABC):
 
     def budget(self, layout: Layout) -> int:
         """Number of chunk tokens to recompute."""
-        candidates = sum(span.stop - span.start for span in layout.chunks)
-        return min(int(candidates * self.ratio), candidates)
+        return int(len(layout.chunk_positions) * self.ratio)
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,17 @@ class BoundarySelector(Selector):
 
 @dataclass(frozen=True)
 class LayerSelector(Selector):
-    """Selects inside the pass, at ``layer``; the layers before it are computed for all tokens."""
+    """Selects inside the pass, at ``layer``; the layers before it are computed for all tokens.
+
+    As in the released code of A³ and CacheBlend, the ratio is that of all tokens before the
+    question: a prefix counts towards the budget, though its tokens are never picked.
+    """
 
     layer: int = 1
+
+    def budget(self, layout: Layout) -> int:
+        before_question = layout.n_tokens - layout.n_question
+        return min(int(before_question * self.ratio), len(layout.chunk_positions))
 
     @abstractmethod
     def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
@@ -93,9 +100,9 @@ class QuestionSelector(Selector):
     attends to.
     """
 
-    @abstractmethod
     def layers(self, n_layers: int) -> range:
-        """The layers whose attention is wanted."""
+        """The layers whose attention is wanted; all of them unless a method says otherwise."""
+        return range(n_layers)
 
     @abstractmethod
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:

@@ -30,10 +30,6 @@ class CacheBlend(LayerSelector):
     name: ClassVar[str] = "cacheblend"
     ratio: float = 0.16
 
-    def budget(self, layout: Layout) -> int:
-        candidates = sum(span.stop - span.start for span in layout.chunks)
-        return min(int((layout.n_tokens - layout.n_question) * self.ratio), candidates)
-
     def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
         difference = (fresh.value[0].float() - stored.value[0].float()).square().sum(dim=(0, 2))
         return top_candidates(difference, layout.chunk_positions, self.budget(layout))

@@ -30,8 +30,5 @@ class Mend(QuestionSelector):
     name: ClassVar[str] = "mend"
     repair: DriftRepair | None = field(default_factory=DriftRepair)
 
-    def layers(self, n_layers: int) -> range:
-        return range(n_layers)
-
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         return top_candidates(attention.mean(0), layout.inexact_positions, self.budget(layout))

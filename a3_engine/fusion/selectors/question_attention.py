@@ -21,8 +21,5 @@ class QuestionAttention(QuestionSelector):
 
     name: ClassVar[str] = "question_attention"
 
-    def layers(self, n_layers: int) -> range:
-        return range(n_layers)
-
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         return top_candidates(attention.mean(0), layout.chunk_positions, self.budget(layout))
