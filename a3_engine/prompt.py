@@ -9,7 +9,6 @@ say is always tokenized as text. Every segment is tokenized by itself, in every 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from a3_engine.chunks.catalogue import Match
 from a3_engine.fusion.layout import Layout, Span
-
-logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "a3placeholder{}end"
 Kind = Literal["prefix", "chunk", "fresh"]

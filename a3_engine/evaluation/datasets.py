@@ -48,7 +48,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
                 break
             if line.strip():
                 try:
-                    examples.append(_example(json.loads(line), source.stem))
+                    examples.append(_example(json.loads(line), source.stem, number))
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
                         f"{source}, line {number}: not a question with passages ({error!r}). "
@@ -72,9 +72,9 @@ def articles(examples: list[Example]) -> Iterator[tuple[str, list[str]]]:
         yield title, list(texts)
 
 
-def _example(row: dict, stem: str) -> Example:
+def _example(row: dict, stem: str, number: int) -> Example:
     return Example(
-        id=str(row.get("id", "")),
+        id=str(row.get("id") or number),
         dataset=str(row.get("dataset", stem)),
         question=row["question"],
         answers=tuple(row["answers"]),

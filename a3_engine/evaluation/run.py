@@ -21,6 +21,8 @@ from a3_engine.fusion.selectors.full_prefill import FullPrefill
 Task = Literal["fidelity", "qa"]
 Row = dict[str, Any]
 QA_TOKENS = 32
+# What tells one row from another; a record made by another model or prefix is not taken over.
+IDENTITY = ("engine", "task", "dataset", "id", "method", "ratio")
 
 
 def evaluate(
@@ -42,12 +44,12 @@ def evaluate(
     Returns
     -------
     list of dict
-        ``task``, ``dataset``, ``id``, ``method``, ``ratio``, and the task's figures.
+        The fields of `IDENTITY`, and the task's figures.
     """
     done = _read(record)
     rows: list[Row] = []
     for example in tqdm(examples, desc=task, unit="question", disable=not progress):
-        keys = {_key(task, example, selector): selector for selector in selectors}
+        keys = {_key(_row(engine, task, example, selector)): selector for selector in selectors}
         rows += [done[key] for key in keys if key in done]
         missing = {key: selector for key, selector in keys.items() if key not in done}
         if missing:
@@ -96,7 +98,7 @@ def _run(
         return [_answer(engine, example, selector) for selector in selectors]
     reference = full_prefill(engine, example)
     return [
-        _row("fidelity", example, selector)
+        _row(engine, "fidelity", example, selector)
         | asdict(fidelity(engine, reference, selector))
         | {"full_prefill_ttft_s": reference.ttft_s}
         for selector in selectors
@@ -111,7 +113,7 @@ def _store_chunks(engine: A3Engine, example: Example) -> None:
 def _answer(engine: A3Engine, example: Example, selector: Selector) -> Row:
     prompt = example_prompt(engine, example)
     answer = engine.generate(prompt, selector=selector, max_new_tokens=QA_TOKENS, stop=("\n",))
-    return _row("qa", example, selector) | {
+    return _row(engine, "qa", example, selector) | {
         "em": exact_match(answer.text, example.answers),
         "f1": f1(answer.text, example.answers),
         "ttft_s": answer.report.ttft_s,
@@ -119,8 +121,9 @@ def _answer(engine: A3Engine, example: Example, selector: Selector) -> Row:
     }
 
 
-def _row(task: Task, example: Example, selector: Selector) -> Row:
+def _row(engine: A3Engine, task: Task, example: Example, selector: Selector) -> Row:
     return {
+        "engine": engine.fingerprint[:16],
         "task": task,
         "dataset": example.dataset,
         "id": example.id,
@@ -129,8 +132,8 @@ def _row(task: Task, example: Example, selector: Selector) -> Row:
     }
 
 
-def _key(task: Task, example: Example, selector: Selector) -> tuple[Any, ...]:
-    return tuple(_row(task, example, selector).values())
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(field) for field in IDENTITY)
 
 
 def _read(record: Path | None) -> dict[tuple[Any, ...], Row]:
@@ -142,7 +145,7 @@ def _read(record: Path | None) -> dict[tuple[Any, ...], Row]:
             rows.append(json.loads(line))
         except ValueError:  # the line that a kill cut short
             continue
-    return {tuple(list(row.values())[:5]): row for row in rows}
+    return {_key(row): row for row in rows}
 
 
 def _append(record: Path | None, row: Row) -> None:

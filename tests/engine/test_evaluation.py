@@ -115,3 +115,16 @@ def test_the_command_prints_one_line_a_method(tmp_path, capsys):
     assert set(lines[0]) >= {"dataset", "n", "kl_first", "kl_answer", "agreement", "nll_change"}
     assert main(["eval", "--data", str(tmp_path / "none.jsonl")]) == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_a_record_of_another_engine_is_not_taken_over(tiny_engine, tmp_path):
+    """Nor are examples without ids mistaken for one another."""
+    record, data = tmp_path / "rows.jsonl", tmp_path / "data.jsonl"
+    row = {"question": "Who?", "answers": ["Ada"], "ctxs": [{"text": "Ada keeps the lamp."}]}
+    data.write_text("".join(json.dumps(row | {"question": q}) + "\n" for q in ("Who?", "Where?")))
+    examples = read_examples(data)
+    ours, theirs = (
+        evaluate(tiny_engine(name), "fidelity", examples, METHODS[:1], record, progress=False)
+        for name in ("llama", "qwen2")
+    )
+    assert len({row["kl_answer"] for row in ours + theirs}) == 4

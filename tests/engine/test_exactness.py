@@ -56,6 +56,31 @@ def full_prefill(engine: A3Engine, prompt: Prompt):
         )
 
 
+def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, **options):
+    """The model's output for the last segment, over transformers' own cache of the ones before.
+
+    Segment by segment: a chunk runs behind its prefix, both at positions that put the chunk where
+    it stands in the prompt; fresh text runs after all that.
+    """
+    prefix = list(engine.runtime.planner.prefix_ids)
+    past, position = DynamicCache(), 0
+    with torch.inference_mode():
+        for segment in prompt.segments:
+            behind = prefix if segment.kind == "chunk" else []
+            ids = torch.tensor([behind + list(segment.ids)])
+            places = torch.arange(ids.shape[1])[None] + position - len(behind) + 200
+            if segment.kind == "chunk":
+                alone = DynamicCache()
+                model(input_ids=ids, position_ids=places, past_key_values=alone)
+                for index, layer in enumerate(alone.layers):
+                    keys, values = layer.keys, layer.values
+                    past.update(keys[:, :, len(prefix) :], values[:, :, len(prefix) :], index)
+            else:
+                output = model(input_ids=ids, position_ids=places, past_key_values=past, **options)
+            position += len(segment.ids)
+    return output
+
+
 @pytest.mark.parametrize(("selector", "shape"), CASES)
 def test_ratio_one_is_full_prefill(tiny_engine, architecture, shape, selector):
     """Recomputing every token gives the logits of an ordinary prefill of the same ids."""
@@ -73,28 +98,9 @@ def test_ratio_zero_is_full_reuse(tiny_engine, architecture, shape, selector):
     """Chunks computed where they will stand, by position ids alone, and fresh text after them."""
     engine = tiny_engine(architecture)
     prompt = build_prompt(engine, SHAPES[shape])
-    model, prefix = engine.runtime.model, list(engine.runtime.planner.prefix_ids)
-    past = DynamicCache()
-    position = 0
-    with torch.inference_mode():
-        for segment in prompt.segments:
-            if segment.kind == "chunk":
-                ids = torch.tensor([prefix + list(segment.ids)])
-                # Behind its prefix, both moved so that the chunk lies at its place in the prompt.
-                places = torch.arange(ids.shape[1])[None] + position - len(prefix) + 200
-                alone = DynamicCache()
-                model(input_ids=ids, position_ids=places, past_key_values=alone)
-                for index, layer in enumerate(alone.layers):
-                    past.update(
-                        layer.keys[:, :, len(prefix) :], layer.values[:, :, len(prefix) :], index
-                    )
-            else:
-                ids = torch.tensor([list(segment.ids)])
-                places = torch.arange(ids.shape[1])[None] + position + 200
-                logits = model(input_ids=ids, position_ids=places, past_key_values=past).logits
-            position += len(segment.ids)
+    expected = independent_full_reuse(engine, engine.runtime.model, prompt).logits[0, -1]
     torch.testing.assert_close(
-        fused_logits(engine, prompt, selector, 0.0), logits[0, -1], atol=1e-3, rtol=0
+        fused_logits(engine, prompt, selector, 0.0), expected, atol=1e-3, rtol=0
     )
 
 

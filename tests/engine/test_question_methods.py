@@ -6,7 +6,6 @@ import cmath
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from a3_engine import A3Engine
 from a3_engine.fusion.cache import FusedLayer
@@ -17,7 +16,7 @@ from a3_engine.fusion.selectors.base import States
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
 from a3_engine.model.rotary import Rotation
-from tests.engine.test_exactness import build_prompt
+from tests.engine.test_exactness import build_prompt, independent_full_reuse
 from tests.tiny import CONFIGS, tiny_model
 
 SHAPE = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
@@ -27,31 +26,7 @@ def eager_question_attention(engine: A3Engine, name: str, prompt) -> torch.Tenso
     """Full reuse, segment by segment, with transformers' own caches and eager attention."""
     model = tiny_model(name)
     model.set_attn_implementation("eager")
-    prefix = list(engine.runtime.planner.prefix_ids)
-    past, position = DynamicCache(), 0
-    with torch.inference_mode():
-        for segment in prompt.segments:
-            if segment.kind == "chunk":
-                ids = torch.tensor([prefix + list(segment.ids)])
-                places = torch.arange(ids.shape[1])[None] + position - len(prefix) + 200
-                alone = DynamicCache()
-                model(input_ids=ids, position_ids=places, past_key_values=alone)
-                for index, layer in enumerate(alone.layers):
-                    keys, values = (
-                        layer.keys[:, :, len(prefix) :],
-                        layer.values[:, :, len(prefix) :],
-                    )
-                    past.update(keys, values, index)
-            else:
-                ids = torch.tensor([list(segment.ids)])
-                places = torch.arange(ids.shape[1])[None] + position + 200
-                output = model(
-                    input_ids=ids,
-                    position_ids=places,
-                    past_key_values=past,
-                    output_attentions=True,
-                )
-            position += len(segment.ids)
+    output = independent_full_reuse(engine, model, prompt, output_attentions=True)
     return torch.stack([layer[0].mean(dim=(0, 1)) for layer in output.attentions])
 
 
