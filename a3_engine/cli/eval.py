@@ -1,14 +1,13 @@
-"""The `a3` command."""
+"""`a3 eval`: methods side by side."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from a3_engine import A3Engine, A3Error, __version__
+from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example, read_examples, sample_examples
 from a3_engine.evaluation.run import Row, evaluate, summarize
 from a3_engine.fusion.selectors import DEFAULT, make_selector
@@ -19,20 +18,8 @@ FIXED_RATIO = {"full_prefill", "full_reuse"}
 QUICK_ROWS = 6
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    options = build_parser().parse_args(arguments)
-    try:
-        return int(options.run(options) or 0)
-    except (A3Error, ValueError, OSError) as error:
-        print(f"a3: {error}", file=sys.stderr)
-        return 1
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="a3", description="Cached KV for retrieved chunks.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's options."""
     run = commands.add_parser("eval", help="compare methods on questions with passages")
     run.add_argument(
         "task",
@@ -66,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, help="keep every row here, and resume from it")
     run.add_argument("--json", action="store_true", help="one JSON line a dataset and method")
     run.set_defaults(run=run_eval)
-    return parser
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -124,7 +110,3 @@ def _show(summaries: Sequence[Row]) -> None:
                 figures.append(f"{name} {value:.3f}{spread}")
         head = f"{summary['dataset']}  {summary['method']} @ {summary['ratio']:g}  n={summary['n']}"
         print(head, *figures, sep="\n    ")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
