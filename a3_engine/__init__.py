@@ -2,8 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from a3_engine.chunks.ingestion import Precomputed
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream
-from a3_engine.engine import A3Engine, Precomputed
+from a3_engine.engine import A3Engine
 from a3_engine.errors import (
     A3Error,
     ContextOverflowError,

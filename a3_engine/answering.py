@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
+
+from a3_engine.chunks.codec import ChunkKV
+from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.generate import Sampling, decode
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.drift import Drift
-from a3_engine.fusion.fuse import Abandoned, FusionPass
+from a3_engine.fusion.fuse import Abandoned
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.scoring import question_attention
-from a3_engine.fusion.selectors.base import LayerSelector, QuestionSelector, Selector
+from a3_engine.fusion.selection import begin
+from a3_engine.fusion.selectors.base import LayerSelector, Selector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
-from a3_engine.prompt import Prompt
+from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import ChunkUse, FusionReport
 from a3_engine.runtime import Runtime
 
 
-def why_prefill(runtime: Runtime, prompt: Prompt, selector: Selector, room: int) -> str | None:
+@dataclass(frozen=True)
+class Method:
+    """How a request is fused, and what of it decoding keeps."""
+
+    selector: Selector
+    compression: Compression | None = None
+
+
+def why_prefill(runtime: Runtime, prompt: Prompt, method: Method, room: int) -> str | None:
     """Why a request takes the ordinary way; None if it can be fused."""
     support = runtime.support
-    if isinstance(selector, FullPrefill):
+    if isinstance(method.selector, FullPrefill) and method.compression is None:
         return "full_prefill was asked for"
     if support.rotation is None:
         return support.reason
     limit = support.rotation.max_tokens
     if limit is not None and prompt.n_tokens + room > limit:
         return f"longrope changes its frequencies beyond {limit} tokens"
-    if not any(segment.kind == "chunk" for segment in prompt.segments):
+    has_chunks = any(segment.kind == "chunk" for segment in prompt.segments)
+    if not has_chunks and method.compression is None:
         return "the prompt holds no known chunk"
     return None
 
@@ -38,7 +51,7 @@ def why_prefill(runtime: Runtime, prompt: Prompt, selector: Selector, room: int)
 def assemble(
     runtime: Runtime,
     prompt: Prompt,
-    selector: Selector,
+    method: Method,
     room: int,
     report: FusionReport,
     abandoned: Callable[[], bool] = lambda: False,
@@ -46,9 +59,11 @@ def assemble(
     """Fetch the chunks and lay them into a cache, with the pass that will complete it."""
     assert runtime.library is not None
     assert runtime.support.rotation is not None
+    selector, rotation = method.selector, runtime.support.rotation
     started = time.perf_counter()
     loaded = []
-    for start, segment in prompt.cached:
+    # A full prefill with compression runs as a fusion pass that needs no chunk.
+    for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
         if abandoned():
             raise Abandoned
         fetched = runtime.library.fetch(segment)
@@ -64,44 +79,67 @@ def assemble(
             report.created_tokens += len(segment.ids)
     with runtime.computing:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
-        load_chunks(cache, runtime.support.rotation, loaded)
+        load_chunks(cache, rotation, loaded)
         report.load_s = time.perf_counter() - started - report.encode_s
-        layout = prompt.layout(runtime.library.prefix_ids)
-        drift = (
-            Drift(selector.repair, layout, runtime.support.rotation) if selector.repair else None
+        compressor = method.compression.start() if method.compression else None
+        cache = begin(
+            runtime.model,
+            rotation,
+            cache,
+            prompt.layout(runtime.library.prefix_ids),
+            selector,
+            prompt.ids,
+            local_queries=partial(_local_queries, runtime, prompt, dict(loaded)),
+            room=room,
+            abandoned=abandoned,
+            observer=compressor.observe if compressor else None,
         )
-        fusion = FusionPass(cache, layout, selector, abandoned, drift)
-        if isinstance(selector, QuestionSelector) and fusion.selected is None:
-            layers = selector.layers(len(cache.layers))
-            attention = question_attention(
-                runtime.model.get_decoder(), cache, fusion, prompt.ids, layers
-            )
-            fusion.take(selector.select(layout, attention))
+        cache.compressor = compressor
     return cache
+
+
+def _local_queries(
+    runtime: Runtime, prompt: Prompt, kv_at: dict[int, ChunkKV], selector: SparseSelector
+) -> torch.Tensor:
+    """The local queries of the prompt's chunks, ``(chunks, layers, heads, head_dim)``."""
+    assert runtime.library is not None
+    assert runtime.local_queries is not None
+    prefix_ids = runtime.library.prefix_ids
+    prefix_kv = None
+    if prefix_ids:
+        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids)).kv
+    return torch.stack(
+        [
+            runtime.local_queries.get(selector, (prefix_ids, prefix_kv), segment.ids, kv_at[start])
+            for start, segment in prompt.cached
+            if segment.kind == "chunk"
+        ]
+    )
 
 
 def answer(
     runtime: Runtime,
     prompt: Prompt,
-    selector: Selector,
+    method: Method,
     sampling: Sampling,
     started: float,
     emit: Callable[[str], None],
     abandoned: Callable[[], bool],
 ) -> FusionReport:
     """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``."""
+    selector = method.selector
     report = FusionReport(
         model=runtime.name,
         selector=selector.name,
         ratio=selector.ratio,
         prompt_tokens=prompt.n_tokens,
-        fallback_reason=why_prefill(runtime, prompt, selector, sampling.max_new_tokens),
+        fallback_reason=why_prefill(runtime, prompt, method, sampling.max_new_tokens),
     )
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
     cache = None
     try:
         if report.fused:
-            cache = assemble(runtime, prompt, selector, sampling.max_new_tokens, report, abandoned)
+            cache = assemble(runtime, prompt, method, sampling.max_new_tokens, report, abandoned)
         with runtime.computing:
             if abandoned():
                 raise Abandoned
@@ -126,6 +164,8 @@ def answer(
     if cache is not None and cache.fusion is not None:
         fusion = cache.fusion
         report.select_s = fusion.select_seconds
+        report.kv_bytes = cache.prompt_nbytes
+        report.compression = method.compression.name if method.compression else ""
         if isinstance(selector, LayerSelector):  # it selects inside the pass
             report.recompute_s -= report.select_s
         report.recomputed_tokens = 0 if fusion.selected is None else len(fusion.selected)

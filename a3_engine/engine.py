@@ -6,20 +6,20 @@ text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.answering import answer, assemble
+from a3_engine.answering import Method, answer, assemble
+from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
+from a3_engine.decoding.compression import make_compression
+from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.generate import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
 from a3_engine.errors import ContextOverflowError
@@ -27,22 +27,13 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.model.loading import default_cache_dir, load_model
-from a3_engine.prompt import Chunk, Message, Prompt, Segment
+from a3_engine.prompt import Chunk, Message, Prompt
 from a3_engine.report import FusionReport
 from a3_engine.runtime import Runtime, start
 
-logger = logging.getLogger(__name__)
-
+METHOD_OPTIONS = ("selector", "ratio", "compression", "keep")
 Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 Request = str | Sequence[Message] | Prompt
-
-
-@dataclass(frozen=True)
-class Precomputed:
-    """What ingestion did, in chunks: computed now, or stored before; the empty ones are neither."""
-
-    computed: int
-    present: int
 
 
 class A3Engine:
@@ -63,6 +54,10 @@ class A3Engine:
         The fusion method; see ``a3_engine.fusion.selectors``.
     ratio : float or None
         Recompute ratio, 0 to 1; the method's own default where None.
+    compression : str, Compression or None
+        What decoding keeps of the prompt's cache; see ``a3_engine.decoding.compression``.
+    keep : float or None
+        Share of the prompt's tokens that compression keeps; its own default where None.
     encode_prefix : str
         What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
@@ -78,12 +73,15 @@ class A3Engine:
         cache_dir: str | Path | None = None,
         selector: str | Selector = DEFAULT,
         ratio: float | None = None,
+        compression: str | Compression | None = None,
+        keep: float | None = None,
         encode_prefix: str = "template",
         size_limit: int = DEFAULT_SIZE_LIMIT,
     ) -> None:
         self.name = name
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.selector = make_selector(selector, ratio)
+        self.compression = make_compression(compression, keep)
         self._load = load
         self._encode_prefix = encode_prefix
         self._size_limit = size_limit
@@ -114,7 +112,7 @@ class A3Engine:
         cache_dir, device, dtype, trust_remote_code
             See :func:`~a3_engine.model.loading.load_model`.
         **options
-            ``selector``, ``ratio``, ``encode_prefix``, ``size_limit``; see :class:`A3Engine`.
+            The other settings of :class:`A3Engine`.
 
         Raises
         ------
@@ -198,30 +196,8 @@ class A3Engine:
         StoreError
             A chunk cannot be written. Those before it are stored.
         """
-        runtime = self.runtime
-        if runtime.library is None:
-            logger.warning("Nothing is precomputed: %s.", runtime.support.reason)
-            return Precomputed(0, 0)
         _refuse_bare_text(chunks)
-        segments = []
-        for chunk in chunks:
-            text, tag = (chunk.text, chunk.tag) if isinstance(chunk, Chunk) else (chunk, None)
-            if ids := runtime.planner.chunk_ids(text):
-                segments.append(Segment("chunk", ids, text.strip(), tag))
-        for segment in segments:
-            n_tokens = len(runtime.planner.prefix_ids) + len(segment.ids)
-            if n_tokens >= self.context_window:
-                raise ContextOverflowError(
-                    f"A chunk has {n_tokens} tokens with what it is computed behind; the model's "
-                    f"context window is {self.context_window}. Split it into smaller chunks. It "
-                    f"begins with {segment.text[:40]!r}."
-                )
-        missing = runtime.library.missing(segments)
-        bar = tqdm(missing, desc="Computing KV", unit="chunk", disable=not progress or not missing)
-        for segment in bar:
-            runtime.library.fetch(segment, must_store=True)
-        runtime.library.catalogue.add((segment.text, segment.tag) for segment in segments)
-        return Precomputed(len(missing), len(segments) - len(missing))
+        return ingest(self.runtime, chunks, self.context_window, progress)
 
     def remember(self, chunks: Iterable[Chunk]) -> None:
         """Serve these chunks from the cache wherever their text stands in a prompt.
@@ -289,6 +265,8 @@ class A3Engine:
         chunks: Sequence[str | Chunk] = (),
         selector: str | Selector | None = None,
         ratio: float | None = None,
+        compression: str | Compression | None = None,
+        keep: float | None = None,
         **sampling: Any,
     ) -> TokenStream:
         """Answer piece by piece; closing the stream stops the computation.
@@ -297,7 +275,7 @@ class A3Engine:
         ----------
         request, chunks
             See :meth:`plan`.
-        selector, ratio
+        selector, ratio, compression, keep
             Override the engine's method for this request.
         **sampling
             Fields of :class:`~a3_engine.decoding.generate.Sampling`.
@@ -310,7 +288,15 @@ class A3Engine:
             The request is empty or a setting is out of range.
         """
         return TokenStream(
-            self._work(request, chunks=chunks, selector=selector, ratio=ratio, **sampling)
+            self._work(
+                request,
+                chunks=chunks,
+                selector=selector,
+                ratio=ratio,
+                compression=compression,
+                keep=keep,
+                **sampling,
+            )
         )
 
     def generate(self, request: Request, **options: Any) -> Answer:
@@ -335,9 +321,8 @@ class A3Engine:
         request: Request,
         *,
         chunks: Sequence[str | Chunk] = (),
-        selector: str | Selector | None = None,
-        ratio: float | None = None,
         room: int = 0,
+        **method: Any,
     ) -> tuple[Prompt, FusedCache]:
         """Load a prompt's chunks into a cache, for one's own forward pass.
 
@@ -347,34 +332,44 @@ class A3Engine:
         ----------
         room : int
             Slots for tokens behind the prompt; the cache grows beyond them where needed.
+        **method
+            ``selector``, ``ratio``, ``compression``, ``keep``. A compression is applied by
+            ``cache.compressor.compress(model, cache, first token)`` behind the forward pass.
         """
         prompt = self.plan(request, chunks)
-        method = self._selector(selector, ratio)
-        return prompt, assemble(self.runtime, prompt, method, room, FusionReport())
+        return prompt, assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
 
     # How
 
-    def _selector(self, selector: str | Selector | None, ratio: float | None) -> Selector:
-        return make_selector(self.selector if selector is None else selector, ratio)
+    def _method(
+        self,
+        selector: str | Selector | None = None,
+        ratio: float | None = None,
+        compression: str | Compression | None = None,
+        keep: float | None = None,
+    ) -> Method:
+        return Method(
+            make_selector(self.selector if selector is None else selector, ratio),
+            make_compression(self.compression if compression is None else compression, keep),
+        )
 
     def _work(
         self,
         request: Request,
         *,
         chunks: Sequence[str | Chunk] = (),
-        selector: str | Selector | None = None,
-        ratio: float | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Work:
         """Check everything that can be wrong with a request now, and answer it later."""
         runtime = self.runtime  # loading the model is not part of the request
         started = time.perf_counter()
-        if unknown := set(sampling) - set(Sampling.__dataclass_fields__):
+        method = self._method(**{name: options.pop(name, None) for name in METHOD_OPTIONS})
+        if unknown := set(options) - set(Sampling.__dataclass_fields__):
             raise TypeError(
                 f"There is no setting {', '.join(sorted(unknown))}; "
-                f"sampling takes {', '.join(Sampling.__dataclass_fields__)}."
+                f"a request takes {', '.join((*METHOD_OPTIONS, *Sampling.__dataclass_fields__))}."
             )
-        method, settings = self._selector(selector, ratio), Sampling(**sampling)
+        settings = Sampling(**options)
         prompt = self.plan(request, chunks)
         self._check_room(prompt.n_tokens, settings.max_new_tokens)
         return lambda emit, abandoned: answer(

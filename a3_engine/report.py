@@ -24,12 +24,14 @@ class FusionReport:
     were computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion
     pass. ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
     ``ttft_s``, the time from the call to the first token, as are ``load_s`` and ``encode_s``.
+    ``kv_bytes`` is what the prompt's keys and values take while a fused request decodes.
     ``fallback_reason`` says why ordinary prefill served the request, and is None for a fused one.
     """
 
     model: str = ""
     selector: str = ""
     ratio: float = 0.0
+    compression: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     created_tokens: int = 0
@@ -37,6 +39,7 @@ class FusionReport:
     recomputed_tokens: int = 0
     generated_tokens: int = 0
     chunks: list[ChunkUse] = field(default_factory=list)
+    kv_bytes: int = 0
     fallback_reason: str | None = None
     load_s: float = 0.0
     encode_s: float = 0.0
@@ -96,6 +99,7 @@ class FusionReport:
                 f"({_size(self.bytes_read)} read), {self.misses} misses "
                 f"({_size(self.bytes_written)} written)"
             )
+            lines.append(f"  resident   {_size(self.kv_bytes):>6} of keys and values")
         parts = {
             "load": self.load_s,
             "encode misses": self.encode_s,
@@ -113,7 +117,8 @@ class FusionReport:
 
     def _how(self) -> str:
         if self.fused:
-            return f"fused by {self.selector} at ratio {self.ratio:g}"
+            kept = f", {self.compression} for decoding" if self.compression else ""
+            return f"fused by {self.selector} at ratio {self.ratio:g}{kept}"
         return f"ordinary prefill ({self.fallback_reason})"
 
 

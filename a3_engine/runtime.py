@@ -13,6 +13,7 @@ from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import DiskStore
+from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
 
@@ -23,8 +24,9 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """A loaded model and what serves it.
 
-    ``library`` is None for a model that the gate refused. ``computing`` is held while the model
-    computes: two requests at once on one device take longer than one after the other.
+    ``library`` and ``local_queries`` are None for a model that the gate refused. ``computing`` is
+    held while the model computes: two requests at once on one device take longer than one after
+    the other.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Runtime:
     support: Support
     store: DiskStore
     library: ChunkLibrary | None
+    local_queries: LocalQueries | None
     fingerprint: str
     computing: threading.Lock
 
@@ -100,6 +103,7 @@ def start(
         support=support,
         store=store,
         library=library,
+        local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids),
         computing=computing,
     )

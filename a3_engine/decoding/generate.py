@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache
 
 from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.fusion.cache import FusedCache
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,23 @@ class _Follow(StoppingCriteria):
     transformers calls its streamer only after the criteria, one token too late for stop strings.
     """
 
-    def __init__(self, emitter: TextEmitter, abandoned: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        emitter: TextEmitter,
+        abandoned: Callable[[], bool],
+        after_first: Callable[[int], None] | None,
+    ) -> None:
         self._emitter = emitter
         self._abandoned = abandoned
+        self._after_first = after_first
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self._emitter.put(int(input_ids[0, -1]))
+        token = int(input_ids[0, -1])
+        self._emitter.put(token)
         halt = self._emitter.stopped or self._abandoned()
+        if self._after_first is not None and not halt:
+            self._after_first(token)
+            self._after_first = None
         return torch.full((input_ids.shape[0],), halt, device=input_ids.device)
 
 
@@ -110,15 +121,15 @@ def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    cache: Cache | None,
+    cache: FusedCache | None,
     sampling: Sampling,
     emitter: TextEmitter,
     abandoned: Callable[[], bool],
 ) -> str:
     """Generate an answer to the prompt ``ids`` and return why it ended.
 
-    A pending `FusedCache` makes the prefill of `generate` the fusion pass; None is ordinary
-    prefill.
+    A pending `FusedCache` makes the prefill of `generate` the fusion pass; its compressor cuts it
+    behind the first token. None is ordinary prefill.
 
     Returns
     -------
@@ -133,12 +144,15 @@ def decode(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     extra = {} if cache is None else {"past_key_values": cache}
+    compress = None
+    if cache is not None and cache.compressor is not None:
+        compress = partial(cache.compressor.compress, model, cache)
     with _without_own_defaults(model):
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=sampling.config(eos, pad),
-            stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned)]),
+            stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned, compress)]),
             **extra,
         )
     emitter.end()

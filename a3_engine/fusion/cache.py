@@ -7,13 +7,16 @@ writes the fusion pass's rows into their places. From then on it grows like a `D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from a3_engine.model.attention import Observer
+
 if TYPE_CHECKING:
+    from a3_engine.decoding.compression.base import Compressor
     from a3_engine.fusion.fuse import FusionPass
 
 ROOM = 256  # tokens added when a buffer is full; a doubled 4k prompt would waste memory
@@ -27,13 +30,19 @@ class FusedLayer(DynamicLayer):
     keys, values : torch.Tensor
         Buffers of shape ``(1, kv_heads, capacity, head_dim)``.
     n_prompt : int
-        Tokens of the prompt; slots beyond it take the answer.
+        Slots of the prompt; those beyond take the answer.
+    left_out : int
+        Tokens of the prompt that have no slot, as after compression. The model goes on counting
+        positions as if they were there.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int) -> None:
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, left_out: int = 0
+    ) -> None:
         super().__init__()
         self._keys, self._values = keys, values
         self.n_prompt = n_prompt
+        self.left_out = left_out
         self.length = 0
         self.rows: torch.Tensor | None = None
         self.before_write: Callable[[torch.Tensor, torch.Tensor], None] | None = None
@@ -51,11 +60,11 @@ class FusedLayer(DynamicLayer):
         self.values = self._values[:, :, : self.length]
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt's keys and values, each ``(1, kv_heads, n_prompt, head_dim)``, as a view."""
+        """The prompt's keys and values, each ``(1, kv_heads, n_prompt, head_dim)``, as views."""
         return self._keys[:, :, : self.n_prompt], self._values[:, :, : self.n_prompt]
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write keys and values, each ``(1, kv_heads, rows, head_dim)``, at positions ``rows``."""
+        """Write keys and values, each ``(1, kv_heads, rows, head_dim)``, into these slots."""
         rows = rows.to(self.device)
         self._keys.index_copy_(2, rows, keys)
         self._values.index_copy_(2, rows, values)
@@ -84,8 +93,33 @@ class FusedLayer(DynamicLayer):
         self._keys = torch.nn.functional.pad(self._keys, (0, 0, 0, extra))
         self._values = torch.nn.functional.pad(self._values, (0, 0, 0, extra))
 
+    def gather(self, slots: torch.Tensor, room: int) -> FusedLayer:
+        """A layer of its own with only these slots of the prompt; there is no answer yet.
+
+        Parameters
+        ----------
+        slots : torch.Tensor
+            Sorted; shape ``(slots,)``, or ``(kv_heads, slots)`` where each head keeps others.
+        room : int
+            Empty slots behind them.
+        """
+        slots = slots.to(self.device).expand(self._keys.shape[1], -1)
+        at = slots[None, :, :, None].expand(1, -1, -1, self._keys.shape[3])
+        n_kept = slots.shape[1]
+        keys, values = (
+            torch.nn.functional.pad(buffer.gather(2, at), (0, 0, 0, room))
+            for buffer in (self._keys, self._values)
+        )
+        layer = FusedLayer(keys, values, n_kept, self.left_out + self.n_prompt - n_kept)
+        layer.length = 0 if self.pending else n_kept
+        layer._show()
+        return layer
+
     def get_seq_length(self) -> int:
-        return self.length
+        return 0 if self.pending else self.length + self.left_out
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0 if self.pending else self.left_out
 
     def crop(self, tokens_to_remove: int) -> None:
         self.length -= abs(tokens_to_remove)
@@ -93,13 +127,59 @@ class FusedLayer(DynamicLayer):
 
 
 class FusedCache(Cache):
-    """The prompt's cache and the pass that completes it."""
+    """The prompt's cache and the pass that completes it.
+
+    Attributes
+    ----------
+    positions : torch.Tensor or None
+        Sorted positions of the prompt's slots, on the CPU; None where every token has one.
+    fusion : FusionPass or None
+        What steers the first forward.
+    observer : callable or None
+        Sees every attention of the tokens behind the prompt; see
+        :class:`~a3_engine.model.attention.Rows`, whose positions are slots here.
+    compressor : Compressor or None
+        Cuts the cache behind the first token.
+    """
 
     layers: list[FusedLayer]
 
     def __init__(self, layers: list[FusedLayer]) -> None:
         super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.positions: torch.Tensor | None = None
         self.fusion: FusionPass | None = None
+        self.observer: Observer | None = None
+        self.compressor: Compressor | None = None
+
+    def gathered(self, slots: Sequence[torch.Tensor | None], room: int = 0) -> FusedCache:
+        """A cache of its own with each layer's given slots of the prompt, or with all for None."""
+        return FusedCache(
+            [
+                layer.gather(torch.arange(layer.n_prompt) if at is None else at, room)
+                for layer, at in zip(self.layers, slots, strict=True)
+            ]
+        )
+
+    def keep(self, slots: Sequence[torch.Tensor | None]) -> None:
+        """Forget all but the given slots of the prompt, layer by layer; None keeps a layer."""
+        for index, at in enumerate(slots):
+            if at is not None:
+                self.layers[index] = self.layers[index].gather(at, ROOM)
+
+    def narrowed(self, positions: torch.Tensor, room: int = 0) -> FusedCache:
+        """A cache of its own with only these tokens of the prompt, given as sorted positions."""
+        cache = self.gathered([positions] * len(self.layers), room)
+        cache.positions = positions
+        return cache
+
+    @property
+    def prompt_nbytes(self) -> int:
+        """Bytes of the prompt's keys and values."""
+        return sum(2 * keys.numel() * keys.element_size() for keys, _ in self.stored())
+
+    def stored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every layer's :meth:`FusedLayer.stored`."""
+        return (layer.stored() for layer in self.layers)
 
     def rewind(self) -> None:
         """Make every layer pending again, as after loading; rows already written stay."""

@@ -28,10 +28,13 @@ class DriftRepair:
         Share of the estimated move that is applied, 0 to 1.
     temperature : float
         Of the softmax over cosine similarities; low follows only the most similar tokens.
+    probes : int
+        At most so many recomputed tokens, evenly taken, show the way.
     """
 
     strength: float = 0.6
     temperature: float = 0.1
+    probes: int = 64
 
 
 class Drift:
@@ -53,6 +56,9 @@ class Drift:
             if not span.exact:
                 self._movable[span.start : span.stop] = True
         self._tables = rotation.tables(torch.arange(layout.n_tokens))
+        where = self._movable.nonzero()[:, 0].tolist() or [0]
+        self._span = slice(where[0], where[-1] + 1)
+        self._share = repair.strength * self._movable[self._span]
 
     def apply(
         self,
@@ -71,30 +77,33 @@ class Drift:
         fresh_key, fresh_value : torch.Tensor
             Theirs, ``(1, kv_heads, rows, head_dim)``.
         """
-        is_probe = self._movable[rows]
-        probes = rows[is_probe]
-        if not len(probes):
+        is_probe = self._movable[rows].nonzero()[:, 0]
+        if not len(is_probe):
             return
+        limit = self._repair.probes
+        if len(is_probe) > limit:
+            is_probe = is_probe[torch.linspace(0, len(is_probe) - 1, limit).long()]
         keys, values = (state[0] for state in layer.stored())
         device, dtype = keys.device, keys.dtype
         cos, sin = (table.to(device) for table in self._tables[index])
-        at = probes.to(device)
-        which = is_probe.nonzero()[:, 0].to(device)
+        at, which = rows[is_probe].to(device), is_probe.to(device)
 
         key_move = (fresh_key[0, :, which] - keys[:, at]).float()
         rotate_(key_move, cos[at], sin[at], inverse=True)
         value_move = fresh_value[0, :, which] - values[:, at]
         moves = torch.cat([_flat(key_move).to(dtype), _flat(value_move)], dim=1)
 
+        # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
+        keys, values = keys[:, self._span], values[:, self._span]
+        share = self._share.to(device, dtype)
+        probes = torch.nn.functional.normalize(_flat(layer.stored()[1][0][:, at]), dim=1)
         everyone = torch.nn.functional.normalize(_flat(values), dim=1)
-        weights = torch.softmax(everyone @ everyone[at].T / self._repair.temperature, dim=-1)
-        # All tokens are moved at once: rows are overwritten afterwards, the others' share is zero.
-        share = self._repair.strength * self._movable.to(device, dtype)
+        weights = torch.softmax(everyone @ (probes / self._repair.temperature).T, dim=-1)
         shift = (weights @ moves) * share[:, None]
         heads, _, head_dim = keys.shape
         width = heads * head_dim
         key_shift = shift[:, :width].float().view(-1, heads, head_dim).transpose(0, 1)
-        rotate_(key_shift, cos, sin)
+        rotate_(key_shift, cos[self._span], sin[self._span])
         keys += key_shift.to(dtype)
         values += shift[:, width:].view(-1, heads, head_dim).transpose(0, 1)
 

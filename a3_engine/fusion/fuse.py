@@ -10,17 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.drift import Drift
+from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import BoundarySelector, LayerSelector, Selector, States
 from a3_engine.model.attention import Observer, Rows, project
+
+Correction = Callable[[int, FusedLayer, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class Abandoned(Exception):
@@ -40,8 +42,12 @@ class FusionPass:
         Picks the chunk tokens to recompute. At ratio 1.0 and 0.0 there is nothing to pick.
     abandoned : callable
         Asked before every layer; true stops the pass with :class:`Abandoned`.
-    drift : Drift or None
-        Moves the chunk tokens that are not recomputed.
+    correct : callable or None
+        Called with ``(layer's index, its cache, slots of the rows, their keys, their values)``
+        before the rows are written; may move what is stored, and the rows, in place.
+    observer : callable or None
+        Sees every attention of the pass once the selection stands; see
+        :class:`~a3_engine.model.attention.Rows`.
 
     Attributes
     ----------
@@ -49,6 +55,8 @@ class FusionPass:
         Sorted positions of the recomputed chunk tokens, once they are known.
     rows : torch.Tensor
         Sorted positions of all tokens that are computed; until the selection, of all there are.
+    lookahead : torch.Tensor or None
+        Queries of a drafted answer at the selecting layer, ``(1, heads, drafted, head_dim)``.
     select_seconds : float
         Time spent on choosing them, with the dense layers or the scoring pass that it took.
     """
@@ -59,18 +67,22 @@ class FusionPass:
         layout: Layout,
         selector: Selector,
         abandoned: Callable[[], bool] = lambda: False,
-        drift: Drift | None = None,
+        correct: Correction | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.cache = cache
         self.layout = layout
         self.selector = selector
         self.abandoned = abandoned
-        self.drift = drift
+        self.observer = observer
+        self.lookahead: torch.Tensor | None = None
+        self._correct = correct
         self.selected: torch.Tensor | None = None
         self.select_seconds = 0.0
-        self._everything = torch.arange(layout.n_tokens)
+        self._everything = (
+            torch.arange(layout.n_tokens) if cache.positions is None else cache.positions
+        )
         self.rows = self._everything
-        self._observer: Observer | None = None
         self._started = time.perf_counter()
         cache.fusion = self
 
@@ -97,14 +109,15 @@ class FusionPass:
         self.select_seconds = time.perf_counter() - self._started
 
     @contextmanager
-    def only_fresh(self, observer: Observer) -> Iterator[None]:
-        """Meanwhile only the fresh tokens are computed, and the observer sees every attention."""
-        rows, drift = self.rows, self.drift
-        self.rows, self.drift, self._observer = self.layout.fresh, None, observer
+    def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
+        """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
+        before = self.rows, self.selected, self._correct, self.observer
+        self.rows, self.selected = self.layout.fresh, torch.empty(0, dtype=torch.long)
+        self._correct, self.observer = None, observer
         try:
             yield
         finally:
-            self.rows, self.drift, self._observer = rows, drift, None
+            self.rows, self.selected, self._correct, self.observer = before
 
     def before_layer(
         self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,14 +132,17 @@ class FusionPass:
         ):
             self._select_at(layer, index, args, kwargs)
         cached = self.cache.layers[index]
-        cached.rows = self.rows
+        rows, selected = Rows(self.rows, self.cache.positions), self.selected is not None
+        cached.rows = rows.keys_before(self.rows)
         cached.before_write = (
-            partial(self.drift.apply, index, cached, self.rows)
-            if self.drift and self.selected is not None
+            partial(self._correct, index, cached, cached.rows)
+            if self._correct and selected
             else None
         )
+        if self.observer and selected:
+            rows = replace(rows, observer=self.observer)
         args, kwargs = self._narrow(args, kwargs)
-        return args, {**kwargs, "attention_mask": Rows(self.rows, self._observer)}
+        return args, {**kwargs, "attention_mask": rows}
 
     def _select_at(
         self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,7 +153,9 @@ class FusionPass:
         stored_key, stored_value = cached.stored()
         self.take(
             self.selector.select(
-                self.layout, States(query, key, value), States(None, stored_key, stored_value)
+                self.layout,
+                States(query, key, value, self.lookahead),
+                States(None, stored_key, stored_value),
             )
         )
         # This layer's states were computed for every token: the fresh ones are the exact ones.
@@ -172,12 +190,14 @@ def install_hooks(layers: nn.ModuleList) -> None:
     def hook_for(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = kwargs.get("past_key_values")
-            if (
-                isinstance(cache, FusedCache)
-                and cache.fusion is not None
-                and cache.layers[index].pending
-            ):
+            if not isinstance(cache, FusedCache):
+                return None
+            if cache.fusion is not None and cache.layers[index].pending:
                 return cache.fusion.before_layer(layer, index, args, kwargs)
+            if cache.observer is not None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                slots = cache.layers[index].length + torch.arange(hidden.shape[1])
+                return args, {**kwargs, "attention_mask": Rows(slots, observer=cache.observer)}
             return None
 
         return hook

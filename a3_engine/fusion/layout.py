@@ -56,6 +56,13 @@ class Layout:
         spans = [torch.arange(span.start, span.stop) for span in self.chunks if not span.exact]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
 
+    def with_chunk_tokens(self, kept: torch.Tensor) -> torch.Tensor:
+        """Sorted positions of everything but the chunk tokens that are not among ``kept``."""
+        stays = torch.ones(self.n_tokens, dtype=torch.bool)
+        stays[self.chunk_positions] = False
+        stays[kept] = True
+        return stays.nonzero()[:, 0]
+
     @property
     def n_question(self) -> int:
         return len(self.question)

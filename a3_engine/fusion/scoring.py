@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import FusionPass
 from a3_engine.fusion.layout import Layout
+from a3_engine.model.attention import Rows
+
+
+class _Seen(Exception):
+    """Leaves the forward pass behind the last layer that is looked at."""
 
 
 class AttentionSums:
@@ -34,10 +39,10 @@ class AttentionSums:
         self.by_layer: list[torch.Tensor] = []
 
     def observe(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
     ) -> None:
         """Add one layer; query and key as the attention function gets them."""
-        if module.layer_idx not in self._layers:
+        if layer not in self._layers:
             return
         kv_heads, n_tokens, head_dim = key.shape[1:]
         question = query[0, :, self._index.to(query.device)] * scaling
@@ -50,6 +55,8 @@ class AttentionSums:
         )
         weights = torch.softmax(scores, dim=-1)
         self.by_layer.append(weights.mean(dim=(0, 1), dtype=torch.float32))
+        if layer == self._layers[-1]:
+            raise _Seen
 
 
 @torch.inference_mode()
@@ -66,8 +73,43 @@ def question_attention(
     by the fusion pass.
     """
     sums = AttentionSums(fusion.layout, layers)
-    with fusion.only_fresh(sums.observe):
+    with fusion.only_fresh(sums.observe), suppress(_Seen):
         device = decoder.get_input_embeddings().weight.device
         decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
     cache.rewind()
+    return torch.stack([row.to(sums.by_layer[0].device) for row in sums.by_layer])
+
+
+@torch.inference_mode()
+def question_alone(
+    decoder: PreTrainedModel,
+    cache: FusedCache,
+    fusion: FusionPass,
+    ids: Sequence[int],
+    layers: range,
+) -> torch.Tensor:
+    """The same for a question that has seen no chunk: its queries meet the loaded keys at the end.
+
+    Returns
+    -------
+    torch.Tensor
+        fp32, ``(layers, tokens)``.
+    """
+    layout = fusion.layout
+    sums = AttentionSums(layout, layers)
+
+    def observe(
+        layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+    ) -> None:
+        loaded = cache.layers[layer].stored()[0].clone()
+        positions = rows.key_positions
+        assert positions is not None
+        loaded[:, :, positions.to(key.device)] = key
+        sums.observe(layer, query, loaded, rows, scaling)
+
+    without_chunks = cache.narrowed(layout.with_chunk_tokens(layout.chunk_positions[:0]))
+    alone = FusionPass(without_chunks, layout, fusion.selector)
+    with alone.only_fresh(observe), suppress(_Seen):
+        device = decoder.get_input_embeddings().weight.device
+        decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=without_chunks)
     return torch.stack([row.to(sums.by_layer[0].device) for row in sums.by_layer])

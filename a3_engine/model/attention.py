@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 CPU_BLOCK_ROWS = 64
 PREFIX = "a3_"
 
-Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], None]
+Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,22 @@ class Rows:
     Parameters
     ----------
     positions : torch.Tensor
-        Sorted positions of the query rows, shape ``(rows,)``. Key ``j`` stands at position ``j``.
+        Sorted positions of the query rows, shape ``(rows,)``, on the CPU.
+    key_positions : torch.Tensor or None
+        Sorted positions of the keys, on the CPU; None where key ``j`` stands at position ``j``.
     observer : callable or None
-        Called with ``(attention module, query, key, scaling)`` before the attention is computed.
+        Called with ``(layer's index, query, key, rows, scaling)`` before the attention is computed.
     """
 
     positions: torch.Tensor
+    key_positions: torch.Tensor | None = None
     observer: Observer | None = None
+
+    def keys_before(self, positions: torch.Tensor) -> torch.Tensor:
+        """How many keys stand before each of these positions."""
+        if self.key_positions is None:
+            return positions.clamp(min=0)
+        return torch.searchsorted(self.key_positions, positions)
 
 
 class Captured(Exception):
@@ -109,9 +118,9 @@ def attend_rows(
     query : torch.Tensor
         Shape ``(1, heads, rows, head_dim)``, rotated to the rows' positions.
     key, value : torch.Tensor
-        Shape ``(1, kv_heads, tokens, head_dim)``; key ``j`` stands at position ``j``.
+        Shape ``(1, kv_heads, tokens, head_dim)``.
     rows : Rows
-        The rows' positions, sorted.
+        Where the rows and the keys stand.
     scaling, sliding_window, softcap
         As the model passes them to its attention function.
 
@@ -121,12 +130,18 @@ def attend_rows(
         Shape ``(1, rows, heads, head_dim)``.
     """
     if rows.observer is not None:
-        rows.observer(module, query, key, scaling)
-    positions = rows.positions.to(query.device)
+        rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
     n_rows = query.shape[2]
+    visible = rows.keys_before(rows.positions + 1)
     block = CPU_BLOCK_ROWS if query.device.type == "cpu" else n_rows
     # One list on the host: slicing by tensor values would synchronise once a block on CUDA.
-    bounds = rows.positions.tolist() if block < n_rows else [0] * (n_rows - 1) + [key.shape[2] - 1]
+    ends = visible.tolist() if block < n_rows else [1] * (n_rows - 1) + [key.shape[2]]
+    visible = visible.to(query.device)
+    window_starts = [0] * n_rows
+    if sliding_window:
+        outside = rows.keys_before(rows.positions - sliding_window + 1)
+        window_starts = outside.tolist() if block < n_rows else window_starts
+        outside = outside.to(query.device)
     if softcap is None and not _multiplies_faster(query):
         attend = _attend_fused
     else:
@@ -134,15 +149,13 @@ def attend_rows(
     output = torch.empty_like(query)
     for start in range(0, n_rows, block):
         stop = min(start + block, n_rows)
-        last = bounds[stop - 1] + 1
-        first = max(0, bounds[start] - sliding_window + 1) if sliding_window else 0
-        # Without a window, keys before the block's first row are visible to all its rows.
-        masked_from = first if sliding_window else bounds[start]
+        first, last = window_starts[start], ends[stop - 1]
+        # Without a window, keys up to the block's first row are visible to all its rows.
+        masked_from = first if sliding_window else ends[start] - 1
         where = torch.arange(masked_from, last, device=query.device)
-        mine = positions[start:stop, None]
-        hidden = where > mine
+        hidden = where >= visible[start:stop, None]
         if sliding_window:
-            hidden |= where <= mine - sliding_window
+            hidden |= where < outside[start:stop, None]
         output[:, :, start:stop] = attend(
             query[:, :, start:stop],
             key[:, :, first:last],

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from a3_engine.fusion.selectors.a3 import A3
+from a3_engine.fusion.selectors.a3 import A3, A3Lookahead
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.fusion.selectors.fusion_rag import FusionRAG
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.fusion.selectors.question_attention import QuestionAttention
 from a3_engine.fusion.selectors.random import Random
+from a3_engine.fusion.selectors.samkv import SamKV
 
 SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector
     for selector in (
         A3,
+        A3Lookahead,
         CacheBlend,
         Epic,
         FullPrefill,
         FullReuse,
+        FusionRAG,
         Mend,
         QuestionAttention,
         Random,
+        SamKV,
     )
 }
 DEFAULT = Mend.name

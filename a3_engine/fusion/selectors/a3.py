@@ -31,6 +31,8 @@ class A3(LayerSelector):
     pool : int
         Width of the average pooling, odd; zeros beyond the ends count in the mean. 1 switches it
         off.
+    lookahead : int
+        Tokens of the answer that are drafted on the reused cache and join the question.
     """
 
     name: ClassVar[str] = "a3"
@@ -48,16 +50,19 @@ class A3(LayerSelector):
         heads, _, head_dim = fresh.query.shape[1:]
         group = heads // fresh.key.shape[1]
 
-        query = fresh.query[0, :, question].transpose(0, 1).flatten(1)
+        query = fresh.query[0, :, question].transpose(0, 1)
+        if fresh.lookahead is not None:
+            query = torch.cat([query, fresh.lookahead[0].transpose(0, 1).to(device)])
         # Adding up the queries of a group gives the same sum over heads as repeating its key.
-        query = query.view(len(question), -1, group, head_dim).sum(2).flatten(1)
+        query = query.reshape(len(query), -1, group, head_dim).sum(2).flatten(1)
         key = fresh.key[0, :, layout.prefix_tokens :].transpose(0, 1).flatten(1)
         logits = (query @ key.T).float() / math.sqrt(heads * head_dim)
 
         behind_prefix = torch.arange(layout.prefix_tokens, layout.n_tokens, device=device)
         # Causal within the question only: its words may also stand ahead of the documents.
         asks = torch.isin(behind_prefix, question)
-        logits.masked_fill_(asks & (behind_prefix > question[:, None]), float("-inf"))
+        later = asks & (behind_prefix > question[:, None])
+        logits[: len(question)].masked_fill_(later, float("-inf"))
         scores = torch.softmax(logits, dim=-1).sum(0)
         scores[asks] = 0.0
         pooled = torch.nn.functional.avg_pool1d(
@@ -65,3 +70,15 @@ class A3(LayerSelector):
         )[0, 0]
         by_position = torch.nn.functional.pad(pooled, (layout.prefix_tokens, 0))
         return top_candidates(by_position, layout.chunk_positions, self.budget(layout))
+
+
+@dataclass(frozen=True)
+class A3Lookahead(A3):
+    """A³ with the queries of a drafted answer beside the question's.
+
+    After Lookahead Q-Cache (arXiv 2505.20334). The draft is made by full reuse, before the first
+    token: it costs a scoring pass and as many decoding steps as it has tokens.
+    """
+
+    name: ClassVar[str] = "a3_lookahead"
+    lookahead: int = 8

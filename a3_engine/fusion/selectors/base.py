@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from a3_engine.fusion.cache import FusedLayer
 from a3_engine.fusion.drift import DriftRepair
 from a3_engine.fusion.layout import Layout
 
@@ -21,12 +22,14 @@ class States:
     """One layer's rotated states of all prompt tokens.
 
     ``query``: ``(1, heads, tokens, head_dim)``; ``key``, ``value``: ``(1, kv_heads, tokens,
-    head_dim)``. A stored counterpart has no query.
+    head_dim)``. A stored counterpart has no query. ``lookahead``: queries of a drafted answer,
+    ``(1, heads, drafted, head_dim)``, which stand behind the prompt.
     """
 
     query: torch.Tensor | None
     key: torch.Tensor
     value: torch.Tensor
+    lookahead: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,17 @@ class LayerSelector(Selector):
 
     As in the released code of A³ and CacheBlend, the ratio is that of all tokens before the
     question: a prefix counts towards the budget, though its tokens are never picked.
+
+    Parameters
+    ----------
+    layer : int
+        Where it selects.
+    lookahead : int
+        Tokens of the answer to draft on the reused cache first, for their queries; 0 is none.
     """
 
     layer: int = 1
+    lookahead: int = 0
 
     def budget(self, layout: Layout) -> int:
         before_question = layout.n_tokens - layout.n_question
@@ -97,8 +108,10 @@ class QuestionSelector(Selector):
     """Selects by the question's attention to the loaded keys, before the pass begins.
 
     The engine runs the fresh tokens alone over the loaded cache and adds up what the question
-    attends to.
+    attends to. With ``alone`` the question has seen no chunk until then.
     """
+
+    alone: ClassVar[bool] = False
 
     def layers(self, n_layers: int) -> range:
         """The layers whose attention is wanted; all of them unless a method says otherwise."""
@@ -113,6 +126,61 @@ class QuestionSelector(Selector):
         attention : torch.Tensor
             fp32, shape ``(layers, tokens)``: each wanted layer's attention weights, averaged over
             the question's tokens and the heads.
+        """
+
+
+@dataclass(frozen=True)
+class SparseSelector(Selector):
+    """Keeps only some chunk tokens at all, computes those, and decodes on them.
+
+    The engine runs the question over the kept ends of the chunks alone, and the end of every chunk
+    over its own chunk, and hands their queries to the selector. The ratio is the share of the
+    prompt's tokens that stay; at 1.0 nothing is left out.
+    """
+
+    n_local: int = 8
+
+    @abstractmethod
+    def layers(self, n_layers: int) -> range:
+        """The layers whose queries are wanted."""
+
+    @abstractmethod
+    def background(self, layout: Layout) -> torch.Tensor:
+        """Sorted positions of chunk tokens that stay in any case."""
+
+    @abstractmethod
+    def select(
+        self, layout: Layout, question: torch.Tensor, local: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """Positions of the chunk tokens that stay, the background among them, in any order.
+
+        Parameters
+        ----------
+        question : torch.Tensor
+            Mean query of the question, ``(layers, heads, head_dim)``.
+        local : torch.Tensor
+            Mean query of each chunk's last ``n_local`` tokens, ``(layers, chunks, heads,
+            head_dim)``. All queries are rotated to the prompt's last position.
+        keys : torch.Tensor
+            The loaded keys, ``(layers, kv_heads, tokens, head_dim)``, rotated into place.
+        """
+
+    def merge(
+        self,
+        index: int,
+        layer: FusedLayer,
+        slots: torch.Tensor,
+        fresh_key: torch.Tensor,
+        fresh_value: torch.Tensor,
+    ) -> None:
+        """Change the computed rows in place before they are written over the stored ones.
+
+        Parameters
+        ----------
+        slots : torch.Tensor
+            Where in the layer they go.
+        fresh_key, fresh_value : torch.Tensor
+            ``(1, kv_heads, rows, head_dim)``.
         """
 
 

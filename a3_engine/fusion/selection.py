@@ -1,0 +1,95 @@
+"""Before the pass: run what each kind of selector looks at, and ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.drift import Drift
+from a3_engine.fusion.fuse import Correction, FusionPass
+from a3_engine.fusion.layout import Layout
+from a3_engine.fusion.lookahead import lookahead_queries
+from a3_engine.fusion.scoring import question_alone, question_attention
+from a3_engine.fusion.selectors.base import (
+    LayerSelector,
+    QuestionSelector,
+    Selector,
+    SparseSelector,
+)
+from a3_engine.fusion.sparse import sparse_positions
+from a3_engine.model.attention import Observer
+from a3_engine.model.rotary import Rotation
+
+
+@torch.inference_mode()
+def begin(
+    model: PreTrainedModel,
+    rotation: Rotation,
+    cache: FusedCache,
+    layout: Layout,
+    selector: Selector,
+    ids: Sequence[int],
+    *,
+    local_queries: Callable[[SparseSelector], torch.Tensor],
+    room: int = 0,
+    abandoned: Callable[[], bool] = lambda: False,
+    observer: Observer | None = None,
+) -> FusedCache:
+    """Run what the selector needs, and hang the fusion pass on a cache.
+
+    Parameters
+    ----------
+    cache : FusedCache
+        Loaded, every layer pending.
+    ids : sequence of int
+        The prompt.
+    local_queries : callable
+        See :class:`~a3_engine.fusion.sparse.LocalQueries`; asked by sparse methods alone.
+    room : int
+        Slots for the answer.
+    abandoned, observer
+        See :class:`~a3_engine.fusion.fuse.FusionPass`.
+
+    Returns
+    -------
+    FusedCache
+        The same, or a smaller one where the method leaves tokens out.
+    """
+    kept = None
+    if isinstance(selector, SparseSelector) and layout.chunks and 0.0 < selector.ratio < 1.0:
+        local = local_queries(selector)
+        kept = sparse_positions(model, rotation, cache, layout, selector, ids, local)
+        cache = cache.narrowed(kept, room)
+    fusion = FusionPass(
+        cache, layout, selector, abandoned, _correction(selector, layout, rotation), observer
+    )
+    if fusion.selected is not None:
+        return cache
+    if kept is not None:
+        fusion.take(kept[torch.isin(kept, layout.chunk_positions)])
+    elif isinstance(selector, QuestionSelector):
+        look = question_alone if selector.alone else question_attention
+        layers = selector.layers(len(cache.layers))
+        fusion.take(selector.select(layout, look(model.get_decoder(), cache, fusion, ids, layers)))
+    elif isinstance(selector, LayerSelector) and selector.lookahead:
+        device = model.get_input_embeddings().weight.device
+        with fusion.only_fresh():
+            logits = model(
+                input_ids=torch.tensor([list(ids)], device=device),
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits
+        first = int(logits[0, -1].argmax())
+        drafted = lookahead_queries(model, cache, first, selector.lookahead)
+        fusion.lookahead = drafted[selector.layer]
+        cache.rewind()
+    return cache
+
+
+def _correction(selector: Selector, layout: Layout, rotation: Rotation) -> Correction | None:
+    if isinstance(selector, SparseSelector):
+        return selector.merge
+    return Drift(selector.repair, layout, rotation).apply if selector.repair else None

@@ -1,0 +1,146 @@
+"""The queries that a `SparseSelector` compares, and the sparse cache that its choice makes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from a3_engine.chunks.codec import ChunkKV
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.fuse import FusionPass
+from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.loading import allocate, load_chunks
+from a3_engine.fusion.selectors.base import SparseSelector
+from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.model.attention import Rows
+from a3_engine.model.rotary import Rotation, rotate_
+
+REMEMBERED = 4096  # local queries kept in memory; a few kB each
+
+
+class LocalQueries:
+    """The mean query of every chunk's end, seen from its own chunk; computed once a process.
+
+    Parameters
+    ----------
+    model, rotation
+        What computes them.
+    """
+
+    def __init__(self, model: PreTrainedModel, rotation: Rotation) -> None:
+        self._model, self._rotation = model, rotation
+        self._known: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+
+    def get(
+        self,
+        selector: SparseSelector,
+        prefix: tuple[tuple[int, ...], ChunkKV | None],
+        ids: tuple[int, ...],
+        kv: ChunkKV,
+    ) -> torch.Tensor:
+        """Without position, ``(layers, heads, head_dim)``.
+
+        Parameters
+        ----------
+        prefix
+            Ids and KV of what the chunk was computed behind.
+        ids, kv
+            The chunk's own.
+        """
+        layers = selector.layers(len(self._model.get_decoder().layers))
+        key = (prefix[0], ids, selector.n_local, layers)
+        if key not in self._known:
+            self._known[key] = self._compute(selector, layers, prefix, ids, kv)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def _compute(
+        self,
+        selector: SparseSelector,
+        layers: range,
+        prefix: tuple[tuple[int, ...], ChunkKV | None],
+        ids: tuple[int, ...],
+        kv: ChunkKV,
+    ) -> torch.Tensor:
+        prefix_ids, prefix_kv = prefix
+        start, stop = len(prefix_ids), len(prefix_ids) + len(ids)
+        ends = torch.arange(max(start, stop - selector.n_local), stop)
+        cache = allocate(self._model, stop, stop)
+        loaded = [] if prefix_kv is None else [(0, prefix_kv)]
+        load_chunks(cache, self._rotation, [*loaded, (start, kv)])
+        layout = Layout(stop, (Span(start, stop),), start, fresh=ends, question=ends)
+        return mean_queries(
+            self._model.get_decoder(), self._rotation, cache, layout, prefix_ids + ids, layers
+        )
+
+
+@torch.inference_mode()
+def mean_queries(
+    decoder: PreTrainedModel,
+    rotation: Rotation,
+    cache: FusedCache,
+    layout: Layout,
+    ids: Sequence[int],
+    layers: range,
+) -> torch.Tensor:
+    """Mean query, without position, of a layout's question over a loaded cache.
+
+    Returns
+    -------
+    torch.Tensor
+        fp32, ``(layers, heads, head_dim)``.
+    """
+    tables = rotation.tables(layout.question)
+    index = torch.searchsorted(layout.fresh, layout.question)
+    means: list[torch.Tensor] = []
+
+    def record(
+        layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+    ) -> None:
+        if layer in layers:
+            cos, sin = (table.to(query.device) for table in tables[layer])
+            mine = query[0, :, index.to(query.device)].float()
+            rotate_(mine, cos, sin, inverse=True)
+            means.append(mine.mean(1))
+
+    fusion = FusionPass(cache, layout, FullReuse())
+    with fusion.only_fresh(record):
+        device = decoder.get_input_embeddings().weight.device
+        decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
+    return torch.stack([mean.to(means[0].device) for mean in means])
+
+
+def sparse_positions(
+    model: PreTrainedModel,
+    rotation: Rotation,
+    cache: FusedCache,
+    layout: Layout,
+    selector: SparseSelector,
+    ids: Sequence[int],
+    local: torch.Tensor,
+) -> torch.Tensor:
+    """Sorted positions of the tokens that stay.
+
+    Parameters
+    ----------
+    cache : FusedCache
+        Loaded, every layer pending; it stays so.
+    local : torch.Tensor
+        The chunks' local queries without position, ``(chunks, layers, heads, head_dim)``.
+    """
+    layers = selector.layers(len(cache.layers))
+    background = cache.narrowed(layout.with_chunk_tokens(selector.background(layout)))
+    question = mean_queries(model.get_decoder(), rotation, background, layout, ids, layers)
+    last = rotation.tables(torch.tensor([layout.n_tokens - 1]))
+    keys = torch.stack([cache.layers[layer].stored()[0][0] for layer in layers])
+    question, local = question.clone(), local.transpose(0, 1).clone()
+    for mine, theirs, layer in zip(question, local, layers, strict=True):
+        cos, sin = (table.to(mine.device) for table in last[layer])
+        rotate_(mine[:, None], cos, sin)
+        rotate_(theirs[:, :, None], cos, sin)
+    return layout.with_chunk_tokens(selector.select(layout, question, local, keys).cpu())
