@@ -34,12 +34,20 @@ class FusedLayer(DynamicLayer):
     left_out : int
         Tokens of the prompt that have no slot, as after compression. The model goes on counting
         positions as if they were there.
+    is_sliding : bool
+        Whether the layer attends within a sliding window; it holds all tokens all the same.
     """
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, left_out: int = 0
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        n_prompt: int,
+        left_out: int = 0,
+        is_sliding: bool = False,
     ) -> None:
         super().__init__()
+        self.is_sliding = is_sliding  # transformers makes one mask for each kind of layer
         self._keys, self._values = keys, values
         self.n_prompt = n_prompt
         self.left_out = left_out
@@ -110,7 +118,8 @@ class FusedLayer(DynamicLayer):
             torch.nn.functional.pad(buffer.gather(2, at), (0, 0, 0, room))
             for buffer in (self._keys, self._values)
         )
-        layer = FusedLayer(keys, values, n_kept, self.left_out + self.n_prompt - n_kept)
+        left_out = self.left_out + self.n_prompt - n_kept
+        layer = FusedLayer(keys, values, n_kept, left_out, self.is_sliding)
         layer.length = 0 if self.pending else n_kept
         layer._show()
         return layer

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,8 +45,7 @@ class FusionPass:
         Called with ``(layer's index, its cache, slots of the rows, their keys, their values)``
         before the rows are written; may move what is stored, and the rows, in place.
     observer : callable or None
-        Sees every attention of the pass once the selection stands; see
-        :class:`~a3_engine.model.attention.Rows`.
+        Sees every attention of the pass; see :class:`~a3_engine.model.attention.Rows`.
 
     Attributes
     ----------
@@ -132,15 +130,13 @@ class FusionPass:
         ):
             self._select_at(layer, index, args, kwargs)
         cached = self.cache.layers[index]
-        rows, selected = Rows(self.rows, self.cache.positions), self.selected is not None
+        rows = Rows(self.rows, self.cache.positions, self.observer)
         cached.rows = rows.keys_before(self.rows)
         cached.before_write = (
             partial(self._correct, index, cached, cached.rows)
-            if self._correct and selected
+            if self._correct and self.selected is not None
             else None
         )
-        if self.observer and selected:
-            rows = replace(rows, observer=self.observer)
         args, kwargs = self._narrow(args, kwargs)
         return args, {**kwargs, "attention_mask": rows}
 

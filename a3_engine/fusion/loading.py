@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from a3_engine.chunks.codec import ChunkKV
 from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
 
 
@@ -20,13 +21,14 @@ def allocate(model: PreTrainedModel, n_prompt: int, capacity: int) -> FusedCache
     )
     shape = (1, config.num_key_value_heads, capacity, head_dim)
     layers = []
-    for layer in model.get_decoder().layers:
+    for layer, window in zip(model.get_decoder().layers, has_window(model), strict=True):
         device = next(layer.parameters()).device
         layers.append(
             FusedLayer(
                 torch.empty(shape, dtype=model.dtype, device=device),
                 torch.empty(shape, dtype=model.dtype, device=device),
                 n_prompt,
+                is_sliding=window,
             )
         )
     return FusedCache(layers)

@@ -57,9 +57,19 @@ def begin(
     -------
     FusedCache
         The same, or a smaller one where the method leaves tokens out.
+
+    Raises
+    ------
+    ValueError
+        The method leaves tokens out, and the model has sliding windows.
     """
     kept = None
     if isinstance(selector, SparseSelector) and layout.chunks and 0.0 < selector.ratio < 1.0:
+        if any(layer.is_sliding for layer in cache.layers):
+            raise ValueError(
+                f"{selector.name} leaves tokens out, and the model's sliding windows count them. "
+                "Choose another method for this model."
+            )
         local = local_queries(selector)
         kept = sparse_positions(model, rotation, cache, layout, selector, ids, local)
         cache = cache.narrowed(kept, room)

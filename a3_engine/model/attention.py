@@ -210,6 +210,14 @@ def _attend_plain(
     return torch.matmul(weights, value[0]).view(1, heads, n_rows, head_dim)
 
 
+def has_window(model: PreTrainedModel) -> list[bool]:
+    """Which layers attend within a sliding window only."""
+    config = model.config.get_text_config()
+    if types := getattr(config, "layer_types", None):
+        return [kind == "sliding_attention" for kind in types]
+    return [bool(getattr(config, "sliding_window", None))] * config.num_hidden_layers
+
+
 def project(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

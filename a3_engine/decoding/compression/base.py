@@ -96,16 +96,14 @@ class Compressor:
     def _where(
         self, model: PreTrainedModel, cache: FusedCache, token: int
     ) -> list[torch.Tensor | None]:
-        return full_attention_only(model, self._slots)
+        return full_attention_only(cache, self._slots)
 
 
 def full_attention_only(
-    model: PreTrainedModel, slots: dict[int, torch.Tensor]
+    cache: FusedCache, slots: dict[int, torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """The slots to keep by layer; None, for all, where a layer has a sliding window."""
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None) or ["full_attention"] * len(slots)
-    return [slots[i] if kind == "full_attention" else None for i, kind in enumerate(types)]
+    return [None if layer.is_sliding else slots[index] for index, layer in enumerate(cache.layers)]
 
 
 def best(scores: torch.Tensor, budget: int) -> torch.Tensor:

@@ -100,4 +100,4 @@ class LAQCompressor(Compressor):
             pooled = pool(total, method.kernel, method.pooling)
             pooled[:, inside] = float("inf")
             slots[index] = best(pooled, method.budget(layer.n_prompt))
-        return full_attention_only(model, slots)
+        return full_attention_only(cache, slots)

@@ -38,7 +38,8 @@ class SamKV(SparseSelector):
     ratio : float
         Share of the prompt's tokens that stay, fresh ones included; about 0.15 in the paper.
     n_init, n_local : int
-        First and last tokens of every chunk that stay in any case.
+        First and last tokens of every chunk that stay in any case; few, for chunks of a hundred
+        tokens.
     block : int
         Tokens a block.
     stable_layers : int
@@ -48,8 +49,8 @@ class SamKV(SparseSelector):
     """
 
     name: ClassVar[str] = "samkv"
-    n_init: int = 4
-    n_local: int = 8
+    n_init: int = 2
+    n_local: int = 4
     block: int = 8
     stable_layers: int = 4
     update: Literal["overwrite", "fusion"] = "overwrite"
