@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except (A3Error, ValueError, OSError) as error:
+    except (A3Error, ValueError, OSError, ImportError) as error:
         print(f"a3: {error}", file=sys.stderr)
         return 1
 

@@ -139,15 +139,16 @@ def _example(row: dict[str, Any], stem: str, number: int, chunker: Chunker | Non
         found = LONGBENCH_PROMPT.fullmatch(row["prompt"])
         if found is None:
             raise ValueError("the prompt does not end in a question behind a context")
-        context, words = found["context"], {"head": found["head"].strip(), "ask": found["ask"]}
-        question = found["question"].strip()
+        context, question = found["context"], found["question"].strip()
+        head, ask = found["head"].strip(), found["ask"].strip()
     elif "context" in row:
-        context, words, question = row["context"], {}, row["input"]
+        context, question, head, ask = row["context"], row["input"], "", ""
     else:
         ctxs = row["ctxs"]
-        passages = [Passage(c.get("title") or "", c["text"], bool(c.get("gold"))) for c in ctxs]
-        return Example(question=row["question"], passages=tuple(passages), **common)
+        retrieved = [Passage(c.get("title") or "", c["text"], bool(c.get("gold"))) for c in ctxs]
+        return Example(question=row["question"], passages=tuple(retrieved), **common)
     if chunker:
-        around = TEMPLATE_TOKENS + sum(map(chunker.count, words.values())) + chunker.count(question)
+        around = TEMPLATE_TOKENS + chunker.count(head + ask + question)
         context = chunker.fit(context, around + min(ANSWER_TOKENS, chunker.window // 4))
-    return Example(question=question, passages=passages_of(context, chunker), **common, **words)
+    passages = passages_of(context, chunker)
+    return Example(question=question, passages=passages, head=head, ask=ask, **common)
