@@ -9,8 +9,9 @@ from pathlib import Path
 
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.chunking import CHUNK_TOKENS, Chunker
+from a3_engine.evaluation.rows import Row
 from a3_engine.evaluation.run import evaluate
-from a3_engine.evaluation.summary import Row, summarize
+from a3_engine.evaluation.summary import summarize
 from a3_engine.evaluation.tasks import TASKS
 from a3_engine.evaluation.tasks.base import Source
 from a3_engine.fusion.selectors import DEFAULT, make_selector

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from tqdm.auto import tqdm
 
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
+from a3_engine.evaluation.rows import Row, append_row, read_rows
 from a3_engine.evaluation.tasks import make_task
 from a3_engine.evaluation.tasks.base import Task
 from a3_engine.fusion.selectors.base import Selector
 
-Row = dict[str, Any]
 # What tells one row from another. A record made by another model or prefix is not taken over, nor
 # one of another text under the same id (`content`).
 IDENTITY = ("engine", "task", "dataset", "id", "content", "method", "ratio")
@@ -45,7 +44,8 @@ def evaluate(
     list of dict
         The fields of `IDENTITY`, and the task's figures.
     """
-    task, done = make_task(task), _read(record)
+    task = make_task(task)
+    done = {_key(row): row for row in read_rows(record)} if record and record.exists() else {}
     rows: list[Row] = []
     for example in tqdm(examples, desc=task.name, unit="example", disable=not progress):
         content = hashlib.sha256(repr(example).encode()).hexdigest()[:12]
@@ -71,28 +71,10 @@ def evaluate(
         figures = task.measure(engine, example, [selector for selector, _ in missing])
         for (_, row), each in zip(missing, figures, strict=True):
             rows.append(row | each)
-            _append(record, rows[-1])
+            if record:
+                append_row(record, rows[-1])
     return rows
 
 
 def _key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(field) for field in IDENTITY)
-
-
-def _read(record: Path | None) -> dict[tuple[Any, ...], Row]:
-    if record is None or not record.exists():
-        return {}
-    rows = []
-    for line in record.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the line that a kill cut short
-            continue
-    return {_key(row): row for row in rows}
-
-
-def _append(record: Path | None, row: Row) -> None:
-    if record is not None:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

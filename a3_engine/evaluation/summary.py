@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from a3_engine.evaluation.metrics import bootstrap
+from a3_engine.evaluation.rows import Row
 from a3_engine.fusion.selectors.a3 import A3
 
-Row = dict[str, Any]
 Group = tuple[str, str, float]
 DIGITS = 5
 

@@ -1,0 +1,159 @@
+"""Pictures of evaluation rows: needle heat maps, fidelity against time, fidelity against ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from a3_engine.evaluation.rows import Row
+from a3_engine.evaluation.summary import summarize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours for all kinds of colour vision, but for the yellow, which white swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+LABELS = {
+    "kl_answer": "KL to full prefill over its answer, nats",
+    "kl_first": "KL to full prefill at the first token, nats",
+    "agreement": "tokens on which it agrees with full prefill",
+    "nll_change": "change of the answer's NLL, nats a token",
+    "recall": "recall of the needle's facts",
+    "gold_nll": "NLL of the needle's answer, nats a token",
+}
+LINEAR = {"agreement"}
+INCH = 3.6  # a panel's side
+
+
+def needle_map(rows: Sequence[Row], value: str = "recall") -> Figure:
+    """One panel a method and ratio: depth down, length across, the mean of ``value`` as colour."""
+    rows = _of_task(rows, "needle", value)
+    methods = list(dict.fromkeys((row["method"], row["ratio"]) for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        place = (row["method"], row["ratio"], row["depth"], row["length"])
+        cells.setdefault(place, []).append(row[value])
+    means = {place: sum(values) / len(values) for place, values in cells.items()}
+    low, high = (0.0, 1.0) if value == "recall" else (min(means.values()), max(means.values()))
+    figure, panels = _panels(len(methods))
+    for panel, method in zip(panels, methods, strict=True):
+        grid = [[means.get((*method, d, n), float("nan")) for n in lengths] for d in depths]
+        image = panel.imshow(grid, vmin=low, vmax=high, cmap="cividis", aspect="auto")
+        for y, line in enumerate(grid):
+            for x, mean in enumerate(line):
+                dark = mean < (low + high) / 2
+                colour = "white" if dark else "black"
+                panel.text(x, y, f"{mean:.2f}", ha="center", va="center", color=colour, size=9)
+        panel.set_title(f"{method[0]} @ {method[1]:g}")
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        panel.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+        panel.set_xlabel("context, tokens")
+        panel.set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=panels, label=LABELS[value], shrink=0.9)
+    return figure
+
+
+def pareto(rows: Sequence[Row], value: str = "kl_answer") -> Figure:
+    """One panel a dataset: ``value`` against time to first token as a multiple of full prefill's.
+
+    Both times are medians. The points of a method are its ratios, which stand beside them.
+    """
+
+    def place(summary: Row) -> float:
+        return summary["ttft_s"] / summary["full_prefill_ttft_s"]
+
+    figure = _curves(rows, value, place, "time to first token, as a multiple of full prefill's")
+    for panel in figure.axes:
+        panel.axvline(1.0, color="#777777", linestyle=":", linewidth=1)
+        panel.set_xlim(left=0)
+    return figure
+
+
+def by_ratio(rows: Sequence[Row], value: str = "kl_answer") -> Figure:
+    """One panel a dataset: ``value`` against the recompute ratio."""
+    return _curves(rows, value, lambda summary: summary["ratio"], "recompute ratio")
+
+
+PLOTS: dict[str, Callable[..., Figure]] = {
+    "needle": needle_map,
+    "pareto": pareto,
+    "ratio": by_ratio,
+}
+
+
+def _curves(rows: Sequence[Row], value: str, place: Callable[[Row], float], label: str) -> Figure:
+    summaries = summarize(_of_task(rows, "fidelity", value))
+    datasets = list(dict.fromkeys(summary["dataset"] for summary in summaries))
+    methods = list(dict.fromkeys(summary["method"] for summary in summaries))
+    figure, panels = _panels(len(datasets))
+    for panel, dataset in zip(panels, datasets, strict=True):
+        here = [summary for summary in summaries if summary["dataset"] == dataset]
+        for index, method in enumerate(methods):
+            points = sorted((s for s in here if s["method"] == method), key=place)
+            heights = [point[value] for point in points]
+            bounds = [point["ci95"][value] for point in points]
+            panel.errorbar(
+                [place(point) for point in points],
+                heights,
+                yerr=[
+                    [height - low for height, (low, _) in zip(heights, bounds, strict=True)],
+                    [high - height for height, (_, high) in zip(heights, bounds, strict=True)],
+                ],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=7,
+                linewidth=1.5,
+                elinewidth=0.8,
+                label=method,
+            )
+            for point in points if len(points) > 1 else []:
+                panel.annotate(
+                    f"{point['ratio']:g}",
+                    (place(point), point[value]),
+                    xytext=(6, 5),
+                    textcoords="offset points",
+                    size=8,
+                    color="#444444",
+                )
+        if value not in LINEAR and all(summary[value] > 0 for summary in here):
+            panel.set_yscale("log")
+        panel.set_title(f"{dataset}, n = {max(summary['n'] for summary in here)}")
+        panel.set_xlabel(label)
+        panel.set_ylabel(LABELS[value])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", which="major", color="#dddddd", linewidth=0.6)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    return figure
+
+
+def _of_task(rows: Sequence[Row], task: str, value: str) -> list[Row]:
+    found = [row for row in rows if row["task"] == task]
+    if not found:
+        raise ValueError(f"There are no rows of `a3 eval {task}` to draw.")
+    if len({row["engine"] for row in found}) > 1:
+        raise ValueError(
+            "The rows come from several models or encode prefixes, which one picture would mix. "
+            "Give the files of one."
+        )
+    if value not in LABELS or value not in found[0]:
+        known = ", ".join(name for name in LABELS if name in found[0])
+        raise ValueError(f"Rows of {task} have no {value!r} to draw; there is {known}.")
+    return found
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib is not installed. Run: pip install 'a3-integrations[eval]'"
+        ) from error
+    across = min(count, 4)
+    down = -(-count // across)
+    figure = Figure(figsize=(INCH * across + 1.5, INCH * down), layout="constrained")
+    return figure, [figure.add_subplot(down, across, index + 1) for index in range(count)]
