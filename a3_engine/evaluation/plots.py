@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from a3_engine.evaluation.rows import Row
 from a3_engine.evaluation.summary import summarize
+from a3_engine.fusion.selectors.full_prefill import FullPrefill
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ LABELS = {
     "gold_nll": "NLL of the needle's answer, nats a token",
 }
 LINEAR = {"agreement"}
-INCH = 3.6  # a panel's side
+INCH = 3.8  # a panel's side
 
 
 def needle_map(rows: Sequence[Row], value: str = "recall") -> Figure:
@@ -66,7 +67,7 @@ def pareto(rows: Sequence[Row], value: str = "kl_answer") -> Figure:
     def place(summary: Row) -> float:
         return summary["ttft_s"] / summary["full_prefill_ttft_s"]
 
-    figure = _curves(rows, value, place, "time to first token, as a multiple of full prefill's")
+    figure = _curves(rows, value, place, "time to first token / full prefill's")
     for panel in figure.axes:
         panel.axvline(1.0, color="#777777", linestyle=":", linewidth=1)
         panel.set_xlim(left=0)
@@ -86,48 +87,47 @@ PLOTS: dict[str, Callable[..., Figure]] = {
 
 
 def _curves(rows: Sequence[Row], value: str, place: Callable[[Row], float], label: str) -> Figure:
-    summaries = summarize(_of_task(rows, "fidelity", value))
+    compared = [row for row in rows if row["method"] != FullPrefill.name]  # the reference
+    summaries = summarize(_of_task(compared, "fidelity", value))
     datasets = list(dict.fromkeys(summary["dataset"] for summary in summaries))
     methods = list(dict.fromkeys(summary["method"] for summary in summaries))
     figure, panels = _panels(len(datasets))
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     for panel, dataset in zip(panels, datasets, strict=True):
         here = [summary for summary in summaries if summary["dataset"] == dataset]
         for index, method in enumerate(methods):
             points = sorted((s for s in here if s["method"] == method), key=place)
-            heights = [point[value] for point in points]
-            bounds = [point["ci95"][value] for point in points]
-            panel.errorbar(
-                [place(point) for point in points],
+            places, heights = [place(point) for point in points], [p[value] for p in points]
+            lows, highs = zip(*(point["ci95"][value] for point in points), strict=True)
+            colour = COLOURS[index % len(COLOURS)]
+            panel.vlines(places, lows, highs, color=colour, linewidth=0.8)
+            panel.plot(places, heights, color=colour, linewidth=1.2)
+            panel.scatter(
+                places,
                 heights,
-                yerr=[
-                    [height - low for height, (low, _) in zip(heights, bounds, strict=True)],
-                    [high - height for height, (_, high) in zip(heights, bounds, strict=True)],
-                ],
-                color=COLOURS[index % len(COLOURS)],
+                s=[25 + 250 * min(point["ratio"], 0.5) for point in points],
+                color=colour,
                 marker=MARKERS[index % len(MARKERS)],
-                markersize=7,
-                linewidth=1.5,
-                elinewidth=0.8,
                 label=method,
+                zorder=3,
             )
-            for point in points if len(points) > 1 else []:
-                panel.annotate(
-                    f"{point['ratio']:g}",
-                    (place(point), point[value]),
-                    xytext=(6, 5),
-                    textcoords="offset points",
-                    size=8,
-                    color="#444444",
-                )
-        if value not in LINEAR and all(summary[value] > 0 for summary in here):
+        if value not in LINEAR and all(summary["ci95"][value][0] > 0 for summary in here):
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda height, _: f"{height:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"{dataset}, n = {max(summary['n'] for summary in here)}")
-        panel.set_xlabel(label)
-        panel.set_ylabel(LABELS[value])
         panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", which="major", color="#dddddd", linewidth=0.6)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    handles = {
+        name: handle
+        for panel in panels
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
+    figure.supxlabel(f"{label} (larger marks: larger ratio)", size="medium")
+    figure.supylabel(LABELS[value], size="medium")
     return figure
 
 
