@@ -40,13 +40,15 @@ def needle_map(rows: Sequence[Row], value: str = "recall") -> Figure:
         cells.setdefault(place, []).append(row[value])
     means = {place: sum(values) / len(values) for place, values in cells.items()}
     low, high = (0.0, 1.0) if value == "recall" else (min(means.values()), max(means.values()))
+    better_is_more = value == "recall"
+    colours = "cividis" if better_is_more else "cividis_r"  # bright is good
     figure, panels = _panels(len(methods))
     for panel, method in zip(panels, methods, strict=True):
         grid = [[means.get((*method, d, n), float("nan")) for n in lengths] for d in depths]
-        image = panel.imshow(grid, vmin=low, vmax=high, cmap="cividis", aspect="auto")
+        image = panel.imshow(grid, vmin=low, vmax=high, cmap=colours, aspect="auto")
         for y, line in enumerate(grid):
             for x, mean in enumerate(line):
-                dark = mean < (low + high) / 2
+                dark = (mean < (low + high) / 2) == better_is_more
                 colour = "white" if dark else "black"
                 panel.text(x, y, f"{mean:.2f}", ha="center", va="center", color=colour, size=9)
         panel.set_title(f"{method[0]} @ {method[1]:g}")

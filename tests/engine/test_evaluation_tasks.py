@@ -112,7 +112,7 @@ def test_only_the_needle_holds_its_facts(needles):
         (needle,) = (n for n in NEEDLES if n.question == example.question)
         assert recall(needle.answer, example.facts) == 1.0
         assert recall(words(example).replace(needle.sentence, ""), example.facts) == 0.0
-        assert needle.answer in needle.sentence
+        assert needle.sentence == f"{needle.lead} {needle.answer}."
 
 
 def test_every_depth_comes_before_the_next_needle(needles):

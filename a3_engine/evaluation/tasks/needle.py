@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import NamedTuple
 
@@ -31,6 +32,11 @@ class Hidden(NamedTuple):
     question: str
     answer: str
     facts: tuple[str, ...]
+
+    @property
+    def lead(self) -> str:
+        """The needle's words before the answer."""
+        return self.sentence.partition(self.answer)[0].strip()
 
 
 NEEDLES = (
@@ -66,7 +72,7 @@ class Needle(AnswerTask):
     """Depth by length; recall of the facts, and the likelihood of the answer.
 
     Recall of a small model is coarse; ``gold_nll``, the mean negative log-likelihood of the answer
-    in the needle's words (nats a token), moves with every method.
+    in the needle's words behind the needle's beginning (nats a token), moves with every method.
     """
 
     name = "needle"
@@ -89,10 +95,11 @@ class Needle(AnswerTask):
     def measure(
         self, engine: A3Engine, example: Example, selectors: Sequence[Selector]
     ) -> Iterator[Figures]:
-        prompt = example_prompt(engine, example)
+        lead = {needle.question: needle.lead for needle in NEEDLES}[example.question]
+        prompt = example_prompt(engine, replace(example, begin=lead))
         figures = super().measure(engine, example, selectors)
         for selector, each in zip(selectors, figures, strict=True):
-            nll = answer_nll(engine, prompt, example.answers[0], selector)
+            nll = answer_nll(engine, prompt, f" {example.answers[0]}", selector)
             yield {"gold_nll": nll, **each}
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
