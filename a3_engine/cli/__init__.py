@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from a3_engine import A3Error, __version__
-from a3_engine.cli import eval
+from a3_engine.cli import eval, plot
 
-COMMANDS = (eval,)
+COMMANDS = (eval, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except (A3Error, ValueError, OSError) as error:
+    except (A3Error, ValueError, OSError, ImportError) as error:
         print(f"a3: {error}", file=sys.stderr)
         return 1
 

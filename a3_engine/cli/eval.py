@@ -8,74 +8,103 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from a3_engine.engine import A3Engine
-from a3_engine.evaluation.datasets import Example, read_examples, sample_examples
-from a3_engine.evaluation.run import Row, evaluate, summarize
+from a3_engine.evaluation.chunking import CHUNK_TOKENS, Chunker
+from a3_engine.evaluation.rows import Row
+from a3_engine.evaluation.run import evaluate
+from a3_engine.evaluation.summary import summarize
+from a3_engine.evaluation.tasks import TASKS
+from a3_engine.evaluation.tasks.base import Source
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.model.gguf import DEMO_MODEL
 
 FIXED_RATIO = {"full_prefill", "full_reuse"}
-QUICK_ROWS = 6
+QUICK_ROWS, QUICK_LENGTHS = 6, "1024"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The command's options."""
-    run = commands.add_parser("eval", help="compare methods on questions with passages")
-    run.add_argument(
-        "task",
-        nargs="?",
-        choices=("fidelity", "qa"),
-        default="fidelity",
-        help="fidelity: distance from a full prefill of the same ids; qa: exact match and F1",
+    run = commands.add_parser(
+        "eval",
+        help="compare methods side by side",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="tasks:\n" + "\n".join(f"  {t.name:<10} {t.about}" for t in TASKS.values()),
     )
+    run.add_argument("task", nargs="?", choices=tuple(TASKS), default="fidelity")
     run.add_argument(
         "--data",
         type=Path,
         action="append",
-        help='JSON lines {"question", "answers", "ctxs": [{"title", "text"}]}; repeatable; '
+        default=[],
+        help="JSON lines of questions with passages, or of LongBench's form; repeatable; "
         "the shipped sample if absent",
     )
     run.add_argument(
         "--methods",
+        "--method",
         default=f"full_reuse,a3,{DEFAULT}",
         help="names, separated by commas (default: %(default)s)",
     )
     run.add_argument("--ratios", default="0.15", help="separated by commas (default: 0.15)")
-    run.add_argument("--half", choices=("first", "second"), help="of each file: tune, then report")
-    run.add_argument("--limit", type=int, help="at most so many rows of each file")
+    run.add_argument("--half", choices=("first", "second"), help="of each set: tune, then report")
+    run.add_argument("--limit", type=int, help="at most so many rows of each set")
     run.add_argument(
-        "--quick", action="store_true", help=f"only {QUICK_ROWS} rows of the shipped sample"
+        "--quick",
+        action="store_true",
+        help=f"only {QUICK_ROWS} rows of a set, {QUICK_LENGTHS} tokens where they are generated",
     )
-    run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
-    run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
-    run.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
-    run.add_argument("--cache-dir", help="folder of the chunk store")
-    run.add_argument("--output", type=Path, help="keep every row here, and resume from it")
-    run.add_argument("--json", action="store_true", help="one JSON line a dataset and method")
+    run.add_argument(
+        "--chunk-tokens",
+        type=int,
+        default=CHUNK_TOKENS,
+        help="of chunks that long contexts are cut into (default: %(default)s)",
+    )
+    made = run.add_argument_group("needle and ruler")
+    made.add_argument("--text", type=Path, help="what contexts are made of; the sample if absent")
+    made.add_argument("--lengths", help="tokens of contexts, separated by commas")
+    made.add_argument(
+        "--samples", type=int, default=4, help="of each kind and length (default: %(default)s)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of the generators")
+    how = run.add_argument_group("engine and output")
+    how.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
+    how.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
+    how.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    how.add_argument("--cache-dir", help="folder of the chunk store")
+    how.add_argument("--output", type=Path, help="keep every row here, and resume from it")
+    how.add_argument("--json", action="store_true", help="one JSON line a set, method and ratio")
     run.set_defaults(run=run_eval)
 
 
 def run_eval(options: argparse.Namespace) -> None:
     """Print one line for every dataset, method and ratio."""
+    selectors = _selectors(
+        options.methods.split(","), [float(ratio) for ratio in options.ratios.split(",")]
+    )
     engine = A3Engine.from_pretrained(
         options.model,
         dtype=options.dtype,
         cache_dir=options.cache_dir,
         encode_prefix=options.encode_prefix,
     )
-    selectors = _selectors(
-        options.methods.split(","), [float(r) for r in options.ratios.split(",")]
+    lengths = options.lengths or (QUICK_LENGTHS if options.quick else "")
+    source = Source(
+        Chunker.of(engine, options.chunk_tokens),
+        data=tuple(options.data),
+        text=options.text,
+        lengths=tuple(int(length) for length in lengths.split(",") if length),
+        samples=1 if options.quick else options.samples,
+        seed=options.seed,
     )
+    limit = min(options.limit or QUICK_ROWS, QUICK_ROWS) if options.quick else options.limit
     rows: list[Row] = []
-    for examples in _datasets(options):
-        rows += evaluate(engine, options.task, examples, selectors, options.output)
+    for examples in TASKS[options.task].datasets(source):
+        middle = len(examples) // 2
+        half = {"first": examples[:middle], "second": examples[middle:]}.get(options.half, examples)
+        rows += evaluate(engine, options.task, half[:limit], selectors, options.output)
     engine.close()
-    summaries = summarize(rows)
-    if options.json:
-        for summary in summaries:
-            print(json.dumps(summary))
-    else:
-        _show(summaries)
+    for summary in summarize(rows):
+        print(json.dumps(summary) if options.json else _described(summary))
 
 
 def _selectors(methods: Sequence[str], ratios: Sequence[float]) -> list[Selector]:
@@ -87,26 +116,17 @@ def _selectors(methods: Sequence[str], ratios: Sequence[float]) -> list[Selector
     return selectors
 
 
-def _datasets(options: argparse.Namespace) -> list[list[Example]]:
-    if options.quick or not options.data:
-        sets = [sample_examples()]
-    else:
-        sets = [read_examples(path) for path in options.data]
-    if options.half:
-        first = options.half == "first"
-        sets = [s[: len(s) // 2] if first else s[len(s) // 2 :] for s in sets]
-    limit = QUICK_ROWS if options.quick else options.limit
-    return [examples[:limit] for examples in sets]
-
-
-def _show(summaries: Sequence[Row]) -> None:
-    for summary in summaries:
-        intervals = summary["ci95"]
-        figures = []
-        for name, value in summary.items():
-            if isinstance(value, float) and name != "ratio":
-                bounds = intervals.get(name)
-                spread = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
-                figures.append(f"{name} {value:.3f}{spread}")
-        head = f"{summary['dataset']}  {summary['method']} @ {summary['ratio']:g}  n={summary['n']}"
-        print(head, *figures, sep="\n    ")
+def _described(summary: Row) -> str:
+    lines = [f"{summary['dataset']}  {summary['method']} @ {summary['ratio']:g}  n={summary['n']}"]
+    paired = summary.get("paired", {})
+    for name, value in summary.items():
+        if isinstance(value, float) and name != "ratio":
+            bounds = summary["ci95"].get(name)
+            line = f"{name} {value:.3f}" + (
+                f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+            )
+            if name in paired:
+                mean, low, high = paired[name]
+                line += f"; to {paired['method']} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            lines.append(line)
+    return "\n    ".join(lines)

@@ -12,11 +12,11 @@ from transformers.cache_utils import Cache
 
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
+from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.fusion.selectors.base import Selector
-from a3_engine.prompt import Chunk, Message, Prompt
+from a3_engine.prompt import Prompt
 
 ANSWER_TOKENS = 12
-INSTRUCTION = "Answer the question in a few words, from the documents above.\nQuestion: {question}"
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,6 @@ class Fidelity:
     agreement: float
     nll_change: float
     ttft_s: float
-
-
-def example_prompt(engine: A3Engine, example: Example) -> Prompt:
-    """The passages as chunks, then the question."""
-    content: list[str | Chunk] = []
-    for passage in example.passages:
-        content += [Chunk(str(passage)), "\n\n"]
-    content.append(INSTRUCTION.format(question=example.question))
-    # The chunks are given; looking for others would let earlier examples change this one.
-    return engine.runtime.planner.plan([Message("user", content)], match=False)
 
 
 @torch.inference_mode()
@@ -101,6 +91,14 @@ def fidelity(engine: A3Engine, reference: Reference, selector: Selector) -> Fide
         nll_change=nll - reference.gold_nll,
         ttft_s=seconds,
     )
+
+
+@torch.inference_mode()
+def answer_nll(engine: A3Engine, prompt: Prompt, answer: str, selector: Selector) -> float:
+    """Mean negative log-likelihood of an answer's tokens behind a prompt, in nats."""
+    gold = list(engine.runtime.planner.tokenize_text(answer))
+    _, cache = engine.fuse(prompt, selector=selector, room=len(gold))
+    return _gold_nll(engine, cache, _forward(engine, prompt.ids, cache)[-1:], gold)
 
 
 def _forward(engine: A3Engine, ids: Sequence[int], cache: Cache) -> torch.Tensor:

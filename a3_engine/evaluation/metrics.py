@@ -29,6 +29,30 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max((_token_f1(prediction, answer) for answer in answers), default=0.0)
 
 
+def recall(prediction: str, facts: Sequence[str]) -> float:
+    """Share of the facts that stand in the prediction, whatever the case (RULER)."""
+    text = prediction.lower()
+    return sum(fact.lower() in text for fact in facts) / len(facts)
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """Best ROUGE-L F-measure against the accepted summaries, 0 to 1; words are not stemmed.
+
+    Raises
+    ------
+    ImportError
+        rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError(
+            "rouge-score is not installed. Run: pip install 'a3-integrations[eval]'"
+        ) from error
+    scorer = RougeScorer(["rougeL"])
+    return float(scorer.score_multi(list(answers), prediction)["rougeL"].fmeasure)
+
+
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean, by resampling the examples with replacement.
 

@@ -10,7 +10,8 @@ from a3_engine.cli import main
 from a3_engine.evaluation.datasets import Example, Passage, read_examples, sample_examples
 from a3_engine.evaluation.fidelity import fidelity, full_prefill
 from a3_engine.evaluation.metrics import bootstrap, exact_match, f1
-from a3_engine.evaluation.run import evaluate, summarize
+from a3_engine.evaluation.run import evaluate
+from a3_engine.evaluation.summary import summarize
 from a3_engine.fusion.selectors import make_selector
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -67,7 +68,7 @@ def test_summaries_are_means_with_intervals_around_them(tiny_engine):
         assert summary["f1"] == pytest.approx(sum(members) / 3, abs=1e-5)
         low, high = summary["ci95"]["f1"]
         assert low <= summary["f1"] <= high
-        assert ("f1_change" in summary) == (summary["method"] != "full_prefill")
+        assert ("paired" in summary) == (summary["method"] != "full_prefill")
 
 
 def test_scores_follow_longbench():

@@ -1,0 +1,41 @@
+"""`a3 plot`: pictures of what `a3 eval --output` wrote."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from a3_engine.evaluation.plots import PLOTS
+from a3_engine.evaluation.rows import read_rows
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's options."""
+    run = commands.add_parser("plot", help="draw what eval --output wrote")
+    run.add_argument(
+        "kind",
+        choices=tuple(PLOTS),
+        help="needle: heat map, a panel a method; pareto: fidelity against time to first token; "
+        "ratio: fidelity against recompute ratio",
+    )
+    run.add_argument("rows", type=Path, nargs="+", help="files of rows (JSON lines)")
+    run.add_argument("--output", type=Path, required=True, help="a .png, .svg or .pdf file")
+    run.add_argument(
+        "--value",
+        help="recall or gold_nll for needle (default: recall); kl_answer, kl_first, agreement or "
+        "nll_change otherwise (default: kl_answer)",
+    )
+    run.set_defaults(run=run_plot)
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    """Draw one picture into the output file."""
+    if options.output.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{options.output} must end in one of {', '.join(SUFFIXES)}.")
+    rows = [row for path in options.rows for row in read_rows(path)]
+    value = {"value": options.value} if options.value else {}
+    figure = PLOTS[options.kind](rows, **value)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output, dpi=150)
