@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from a3_engine.chunks.codec import ChunkKV
-from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.generate import Sampling, decode
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import Abandoned
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selection import begin
-from a3_engine.fusion.selectors.base import LayerSelector, Selector, SparseSelector
+from a3_engine.fusion.selectors.base import LayerSelector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
+from a3_engine.method import Method
 from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import ChunkUse, FusionReport
 from a3_engine.runtime import Runtime
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a request is fused, and what of it decoding keeps."""
-
-    selector: Selector
-    compression: Compression | None = None
 
 
 def why_prefill(runtime: Runtime, prompt: Prompt, method: Method, room: int) -> str | None:

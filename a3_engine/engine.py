@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.answering import Method, answer, assemble
+from a3_engine.answering import answer, assemble
 from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
 from a3_engine.decoding.compression import make_compression
@@ -26,6 +26,7 @@ from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.method import Method
 from a3_engine.model.loading import default_cache_dir, load_model
 from a3_engine.prompt import Chunk, Message, Prompt
 from a3_engine.report import FusionReport

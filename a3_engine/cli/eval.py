@@ -14,8 +14,8 @@ from a3_engine.evaluation.run import evaluate
 from a3_engine.evaluation.summary import summarize
 from a3_engine.evaluation.tasks import TASKS
 from a3_engine.evaluation.tasks.base import Source
-from a3_engine.fusion.selectors import DEFAULT, make_selector
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors import DEFAULT
+from a3_engine.method import Method, make_method
 from a3_engine.model.gguf import DEMO_MODEL
 
 FIXED_RATIO = {"full_prefill", "full_reuse"}
@@ -43,8 +43,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--methods",
         "--method",
         default=f"full_reuse,a3,{DEFAULT}",
-        help="names, separated by commas (default: %(default)s)",
+        help="names, separated by commas; NAME+COMPRESSION compresses the cache for decoding "
+        "(default: %(default)s)",
     )
+    run.add_argument("--keep", type=float, help="share of the cache that a compression keeps")
     run.add_argument("--ratios", default="0.15", help="separated by commas (default: 0.15)")
     run.add_argument("--half", choices=("first", "second"), help="of each set: tune, then report")
     run.add_argument("--limit", type=int, help="at most so many rows of each set")
@@ -78,8 +80,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Print one line for every dataset, method and ratio."""
-    selectors = _selectors(
-        options.methods.split(","), [float(ratio) for ratio in options.ratios.split(",")]
+    methods = _methods(
+        options.methods.split(","),
+        [float(ratio) for ratio in options.ratios.split(",")],
+        options.keep,
     )
     engine = A3Engine.from_pretrained(
         options.model,
@@ -101,19 +105,21 @@ def run_eval(options: argparse.Namespace) -> None:
     for examples in TASKS[options.task].datasets(source):
         middle = len(examples) // 2
         half = {"first": examples[:middle], "second": examples[middle:]}.get(options.half, examples)
-        rows += evaluate(engine, options.task, half[:limit], selectors, options.output)
+        rows += evaluate(engine, options.task, half[:limit], methods, options.output)
     engine.close()
     for summary in summarize(rows):
         print(json.dumps(summary) if options.json else _described(summary))
 
 
-def _selectors(methods: Sequence[str], ratios: Sequence[float]) -> list[Selector]:
-    selectors = []
-    for method in methods:
-        name = DEFAULT if method == "default" else method
-        each = [None] if name in FIXED_RATIO else ratios
-        selectors += [make_selector(name, ratio) for ratio in each]
-    return selectors
+def _methods(names: Sequence[str], ratios: Sequence[float], keep: float | None) -> list[Method]:
+    methods = []
+    for name in names:
+        fixed = name.partition("+")[0] in FIXED_RATIO
+        methods += [
+            make_method(name, ratio, keep if "+" in name else None)
+            for ratio in ([None] if fixed else ratios)
+        ]
+    return methods
 
 
 def _described(summary: Row) -> str:

@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.prompts import example_prompt
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.method import Method
 from a3_engine.prompt import Prompt
 
 ANSWER_TOKENS = 12
@@ -43,13 +44,15 @@ class Fidelity:
     distribution, in nats, at the first token and averaged over the full prefill's own greedy
     answer; ``agreement``: share of that answer's tokens that are the method's likeliest too;
     ``nll_change``: of the accepted answer, in nats a token, positive where it became less likely;
-    ``ttft_s``: seconds for loading, selecting and recomputing.
+    ``kv_share``: bytes of the prompt's KV that decoding keeps, as a share of all; ``ttft_s``:
+    seconds for loading, selecting and recomputing.
     """
 
     kl_first: float
     kl_answer: float
     agreement: float
     nll_change: float
+    kv_share: float
     ttft_s: float
 
 
@@ -73,12 +76,9 @@ def full_prefill(engine: A3Engine, example: Example) -> Reference:
 
 
 @torch.inference_mode()
-def fidelity(engine: A3Engine, reference: Reference, selector: Selector) -> Fidelity:
+def fidelity(engine: A3Engine, reference: Reference, method: Method) -> Fidelity:
     """Compare a method with the reference; its chunks should be stored already."""
-    started = time.perf_counter()
-    _, cache = engine.fuse(reference.prompt, selector=selector, room=2 * ANSWER_TOKENS)
-    first = _forward(engine, reference.prompt.ids, cache)[-1:]
-    seconds = time.perf_counter() - started
+    cache, first, seconds = _fused(engine, reference.prompt, method, 2 * ANSWER_TOKENS)
     nll = _gold_nll(engine, cache, first, reference.gold)
     rest = _forward(engine, reference.answer[:-1], cache)
     log_probs = torch.log_softmax(torch.cat([first, rest]).float(), dim=-1)
@@ -89,16 +89,32 @@ def fidelity(engine: A3Engine, reference: Reference, selector: Selector) -> Fide
         kl_answer=float(kl.mean()),
         agreement=float(same.float().mean()),
         nll_change=nll - reference.gold_nll,
+        kv_share=cache.prompt_nbytes / (cache.token_nbytes * reference.prompt.n_tokens),
         ttft_s=seconds,
     )
 
 
 @torch.inference_mode()
-def answer_nll(engine: A3Engine, prompt: Prompt, answer: str, selector: Selector) -> float:
+def answer_nll(engine: A3Engine, prompt: Prompt, answer: str, method: Method) -> float:
     """Mean negative log-likelihood of an answer's tokens behind a prompt, in nats."""
     gold = list(engine.runtime.planner.tokenize_text(answer))
-    _, cache = engine.fuse(prompt, selector=selector, room=len(gold))
-    return _gold_nll(engine, cache, _forward(engine, prompt.ids, cache)[-1:], gold)
+    cache, first, _ = _fused(engine, prompt, method, len(gold))
+    return _gold_nll(engine, cache, first, gold)
+
+
+def _fused(
+    engine: A3Engine, prompt: Prompt, method: Method, room: int
+) -> tuple[FusedCache, torch.Tensor, float]:
+    """The cache that decoding goes on with, the first token's logits, and the seconds to them."""
+    started = time.perf_counter()
+    _, cache = engine.fuse(
+        prompt, selector=method.selector, compression=method.compression, room=room
+    )
+    first = _forward(engine, prompt.ids, cache)[-1:]
+    seconds = time.perf_counter() - started
+    if cache.compressor is not None:
+        cache.compressor.compress(engine.runtime.model, cache, int(first[-1].argmax()))
+    return cache, first, seconds
 
 
 def _forward(engine: A3Engine, ids: Sequence[int], cache: Cache) -> torch.Tensor:

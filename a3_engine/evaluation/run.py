@@ -14,18 +14,18 @@ from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.rows import Row, append_row, read_rows
 from a3_engine.evaluation.tasks import make_task
 from a3_engine.evaluation.tasks.base import Task
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.method import Method
 
 # What tells one row from another. A record made by another model or prefix is not taken over, nor
-# one of another text under the same id (`content`).
-IDENTITY = ("engine", "task", "dataset", "id", "content", "method", "ratio")
+# one of another text under the same id (`content`), or of a method with other `settings`.
+IDENTITY = ("engine", "task", "dataset", "id", "content", "method", "settings")
 
 
 def evaluate(
     engine: A3Engine,
     task: str | Task,
     examples: Sequence[Example],
-    selectors: Sequence[Selector],
+    methods: Sequence[Method],
     record: Path | None = None,
     *,
     progress: bool = True,
@@ -50,25 +50,26 @@ def evaluate(
     for example in tqdm(examples, desc=task.name, unit="example", disable=not progress):
         content = hashlib.sha256(repr(example).encode()).hexdigest()[:12]
         missing = []
-        for selector in selectors:
+        for method in methods:
             row = {
                 "engine": engine.fingerprint[:16],
                 "task": task.name,
                 "dataset": example.dataset,
                 "id": example.id,
                 "content": content,
-                "method": selector.name,
-                "ratio": selector.ratio,
+                "method": method.name,
+                "ratio": method.selector.ratio,
+                "settings": hashlib.sha256(repr(method).encode()).hexdigest()[:12],
             }
             if _key(row) in done:
                 rows.append(done[_key(row)])
             else:
-                missing.append((selector, row | dict(example.labels)))
+                missing.append((method, row | dict(example.labels)))
         if not missing:
             continue
         # Computing chunks belongs to ingestion, not to any method's time.
         engine.precompute([str(passage) for passage in example.passages], progress=False)
-        figures = task.measure(engine, example, [selector for selector, _ in missing])
+        figures = task.measure(engine, example, [method for method, _ in missing])
         for (_, row), each in zip(missing, figures, strict=True):
             rows.append(row | each)
             if record:

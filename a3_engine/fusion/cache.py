@@ -186,6 +186,13 @@ class FusedCache(Cache):
         """Bytes of the prompt's keys and values."""
         return sum(2 * keys.numel() * keys.element_size() for keys, _ in self.stored())
 
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values, over all layers."""
+        return sum(
+            2 * keys.shape[1] * keys.shape[3] * keys.element_size() for keys, _ in self.stored()
+        )
+
     def stored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every layer's :meth:`FusedLayer.stored`."""
         return (layer.stored() for layer in self.layers)

@@ -12,7 +12,7 @@ from a3_engine.evaluation.fidelity import fidelity, full_prefill
 from a3_engine.evaluation.metrics import bootstrap, exact_match, f1
 from a3_engine.evaluation.run import evaluate
 from a3_engine.evaluation.summary import summarize
-from a3_engine.fusion.selectors import make_selector
+from a3_engine.method import make_method
 from tests.tiny import tiny_model, tiny_tokenizer
 
 EXAMPLES = [
@@ -28,12 +28,12 @@ EXAMPLES = [
     )
     for number in range(3)
 ]
-METHODS = [make_selector("full_reuse"), make_selector("mend", 0.3)]
+METHODS = [make_method("full_reuse"), make_method("mend", 0.3)]
 
 
 def test_at_ratio_one_nothing_differs(tiny_engine):
     engine = tiny_engine()
-    result = fidelity(engine, full_prefill(engine, EXAMPLES[0]), make_selector("mend", 1.0))
+    result = fidelity(engine, full_prefill(engine, EXAMPLES[0]), make_method("mend", 1.0))
     assert result.kl_first < 1e-6
     assert result.kl_answer < 1e-6
     assert abs(result.nll_change) < 1e-4
@@ -42,7 +42,7 @@ def test_at_ratio_one_nothing_differs(tiny_engine):
 
 def test_full_reuse_differs(tiny_engine):
     engine = tiny_engine()
-    result = fidelity(engine, full_prefill(engine, EXAMPLES[0]), make_selector("full_reuse"))
+    result = fidelity(engine, full_prefill(engine, EXAMPLES[0]), make_method("full_reuse"))
     assert result.kl_answer > 1e-4
 
 
@@ -61,7 +61,7 @@ def test_a_run_resumes_where_it_was_killed(tiny_engine, tmp_path):
 
 
 def test_summaries_are_means_with_intervals_around_them(tiny_engine):
-    rows = evaluate(tiny_engine(), "qa", EXAMPLES, [make_selector("full_prefill"), *METHODS])
+    rows = evaluate(tiny_engine(), "qa", EXAMPLES, [make_method("full_prefill"), *METHODS])
     for summary in summarize(rows):
         members = [row["f1"] for row in rows if row["method"] == summary["method"]]
         assert summary["n"] == 3

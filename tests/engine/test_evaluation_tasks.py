@@ -16,11 +16,11 @@ from a3_engine.evaluation.run import evaluate
 from a3_engine.evaluation.tasks import TASKS
 from a3_engine.evaluation.tasks.base import Source
 from a3_engine.evaluation.tasks.needle import DEPTHS, NEEDLES
-from a3_engine.fusion.selectors import make_selector
+from a3_engine.method import make_method
 from a3_engine.prompt import PromptPlanner
 from tests.tiny import tiny_tokenizer
 
-METHODS = [make_selector("full_reuse")]
+METHODS = [make_method("full_reuse")]
 LENGTHS = {"needle": (512,), "ruler": (1800,), "summarize": ()}
 TEXT = "\n\n".join(
     f"Chapter {n} begins here. Rain fell on the {n}th day! Was it cold? The crew said nothing."
@@ -236,7 +236,7 @@ def test_each_task_runs_and_resumes(name, tiny_engine, tmp_path):
     data = written(tmp_path, longbench(input="", context=TEXT[:400]))
     source = Source(Chunker.of(engine, 128), data=(data,), lengths=LENGTHS[name])
     examples = TASKS[name].datasets(source)[0][:1]
-    methods = [make_selector("full_reuse"), make_selector("full_prefill")]
+    methods = [make_method("full_reuse"), make_method("full_prefill")]
     record = tmp_path / "rows.jsonl"
     rows = evaluate(engine, name, examples, methods, record, progress=False)
     figures = {"needle": {"recall", "gold_nll"}, "ruler": {"recall"}, "summarize": {"rouge_l"}}

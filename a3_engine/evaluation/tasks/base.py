@@ -12,7 +12,7 @@ from a3_engine.engine import A3Engine
 from a3_engine.evaluation.chunking import Chunker
 from a3_engine.evaluation.datasets import Example, read_examples, sample_examples
 from a3_engine.evaluation.prompts import example_prompt
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.method import Method
 
 Figures = dict[str, Any]
 
@@ -59,9 +59,9 @@ class Task(ABC):
 
     @abstractmethod
     def measure(
-        self, engine: A3Engine, example: Example, selectors: Sequence[Selector]
+        self, engine: A3Engine, example: Example, methods: Sequence[Method]
     ) -> Iterator[Figures]:
-        """Each selector's figures, in order; floats are averaged over the examples.
+        """Each method's figures, in order; floats are averaged over the examples.
 
         ``*_s`` are seconds. The chunks are stored already.
         """
@@ -78,13 +78,14 @@ class AnswerTask(Task):
         """Scores of an answer, 0 to 1."""
 
     def measure(
-        self, engine: A3Engine, example: Example, selectors: Sequence[Selector]
+        self, engine: A3Engine, example: Example, methods: Sequence[Method]
     ) -> Iterator[Figures]:
         prompt = example_prompt(engine, example)
-        for selector in selectors:
+        for method in methods:
             answer = engine.generate(
                 prompt,
-                selector=selector,
+                selector=method.selector,
+                compression=method.compression,
                 max_new_tokens=example.answer_tokens or self.answer_tokens,
                 stop=self.stop,
             )

@@ -9,7 +9,7 @@ from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.fidelity import fidelity, full_prefill
 from a3_engine.evaluation.tasks.base import Figures, Task
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.method import Method
 
 
 class FidelityTask(Task):
@@ -19,11 +19,11 @@ class FidelityTask(Task):
     about = "distance from a full prefill of the same ids: KL, agreement, likelihood"
 
     def measure(
-        self, engine: A3Engine, example: Example, selectors: Sequence[Selector]
+        self, engine: A3Engine, example: Example, methods: Sequence[Method]
     ) -> Iterator[Figures]:
         reference = full_prefill(engine, example)
-        for selector in selectors:
+        for method in methods:
             yield {
-                **asdict(fidelity(engine, reference, selector)),
+                **asdict(fidelity(engine, reference, method)),
                 "full_prefill_ttft_s": reference.ttft_s,
             }

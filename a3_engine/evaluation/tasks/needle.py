@@ -19,7 +19,7 @@ from a3_engine.evaluation.haystack import haystack_sentences
 from a3_engine.evaluation.metrics import recall
 from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.evaluation.tasks.base import AnswerTask, Figures, Source
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.method import Method
 
 LENGTHS = (512, 1024, 2048, 4096)
 DEPTHS = (0, 25, 50, 75, 100)  # per cent of the context
@@ -93,13 +93,13 @@ class Needle(AnswerTask):
         ]
 
     def measure(
-        self, engine: A3Engine, example: Example, selectors: Sequence[Selector]
+        self, engine: A3Engine, example: Example, methods: Sequence[Method]
     ) -> Iterator[Figures]:
         lead = {needle.question: needle.lead for needle in NEEDLES}[example.question]
         prompt = example_prompt(engine, replace(example, begin=lead))
-        figures = super().measure(engine, example, selectors)
-        for selector, each in zip(selectors, figures, strict=True):
-            nll = answer_nll(engine, prompt, f" {example.answers[0]}", selector)
+        figures = super().measure(engine, example, methods)
+        for method, each in zip(methods, figures, strict=True):
+            nll = answer_nll(engine, prompt, f" {example.answers[0]}", method)
             yield {"gold_nll": nll, **each}
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
