@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
 from a3_engine.decoding.generate import Sampling, decode
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
@@ -15,21 +18,29 @@ from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.scoring import question_attention
 from a3_engine.fusion.selectors.base import LayerSelector, QuestionSelector, Selector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
+from a3_engine.fusion.turns import Turn
 from a3_engine.prompt import Prompt
-from a3_engine.report import ChunkUse, FusionReport
+from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
 
 
-def why_prefill(runtime: Runtime, prompt: Prompt, selector: Selector, room: int) -> str | None:
-    """Why a request takes the ordinary way; None if it can be fused."""
+def why_not_kept(runtime: Runtime, prompt: Prompt, room: int) -> str | None:
+    """Why keys and values of this request serve no other one; None if they can."""
     support = runtime.support
-    if isinstance(selector, FullPrefill):
-        return "full_prefill was asked for"
     if support.rotation is None:
         return support.reason
     limit = support.rotation.max_tokens
     if limit is not None and prompt.n_tokens + room > limit:
         return f"longrope changes its frequencies beyond {limit} tokens"
+    return None
+
+
+def why_prefill(runtime: Runtime, prompt: Prompt, selector: Selector, room: int) -> str | None:
+    """Why a request takes the ordinary way; None if it can be fused."""
+    if isinstance(selector, FullPrefill):
+        return "full_prefill was asked for"
+    if (reason := why_not_kept(runtime, prompt, room)) is not None:
+        return reason
     if not any(segment.kind == "chunk" for segment in prompt.segments):
         return "the prompt holds no known chunk"
     return None
@@ -42,15 +53,22 @@ def assemble(
     room: int,
     report: FusionReport,
     abandoned: Callable[[], bool] = lambda: False,
+    turn: Turn | None = None,
+    reused: int = 0,
 ) -> FusedCache:
-    """Fetch the chunks and lay them into a cache, with the pass that will complete it."""
+    """Lay chunks, behind ``reused`` tokens of a turn, into a cache with the pass to complete it."""
     assert runtime.library is not None
     assert runtime.support.rotation is not None
     started = time.perf_counter()
     loaded = []
-    for start, segment in prompt.cached:
+    report.reused_turn_tokens = report.cached_tokens = reused
+    for start, segment in [] if isinstance(selector, FullPrefill) else prompt.cached:
         if abandoned():
             raise Abandoned
+        if start < reused:
+            if segment.kind == "chunk" and start + len(segment.ids) <= reused:
+                report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
+            continue
         fetched = runtime.library.fetch(segment)
         loaded.append((start, fetched.kv))
         report.encode_s += fetched.seconds
@@ -65,8 +83,10 @@ def assemble(
     with runtime.computing:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
         load_chunks(cache, runtime.support.rotation, loaded)
+        if turn is not None:
+            turn.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
-        layout = prompt.layout(runtime.library.prefix_ids)
+        layout = prompt.layout(runtime.library.prefix_ids, reused)
         drift = (
             Drift(selector.repair, layout, runtime.support.rotation) if selector.repair else None
         )
@@ -90,18 +110,22 @@ def answer(
     abandoned: Callable[[], bool],
 ) -> FusionReport:
     """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``."""
+    room = sampling.max_new_tokens
     report = FusionReport(
         model=runtime.name,
         selector=selector.name,
         ratio=selector.ratio,
         prompt_tokens=prompt.n_tokens,
-        fallback_reason=why_prefill(runtime, prompt, selector, sampling.max_new_tokens),
+        fallback_reason=why_prefill(runtime, prompt, selector, room),
     )
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
-    cache = None
+    keeps = why_not_kept(runtime, prompt, room) is None
+    turn, reused = runtime.turns.find(prompt.ids, selector) if keeps else (None, 0)
+    # Without a config no layer becomes a sliding one, which would drop tokens outside its window.
+    cache: Cache | None = DynamicCache() if keeps else None
     try:
-        if report.fused:
-            cache = assemble(runtime, prompt, selector, sampling.max_new_tokens, report, abandoned)
+        if report.fused or turn is not None:
+            cache = assemble(runtime, prompt, selector, room, report, abandoned, turn, reused)
         with runtime.computing:
             if abandoned():
                 raise Abandoned
@@ -116,6 +140,8 @@ def answer(
                 abandoned,
             )
             ended = time.perf_counter()
+            if cache is not None:
+                runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens
@@ -123,10 +149,15 @@ def answer(
     first = emitter.first_token_at or ended
     report.ttft_s, report.decode_s = first - started, ended - first
     report.recompute_s = first - began
-    if cache is not None and cache.fusion is not None:
+    recomputed: tuple[int, ...] = ()
+    if report.fused and isinstance(cache, FusedCache) and cache.fusion is not None:
         fusion = cache.fusion
         report.select_s = fusion.select_seconds
         if isinstance(selector, LayerSelector):  # it selects inside the pass
             report.recompute_s -= report.select_s
-        report.recomputed_tokens = 0 if fusion.selected is None else len(fusion.selected)
+        if fusion.selected is not None:
+            recomputed = tuple(fusion.selected.tolist())
+    report.recomputed_tokens = len(recomputed)
+    report.trace = Trace(prompt, recomputed)
+    runtime.reports.append(report)
     return report

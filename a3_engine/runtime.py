@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,10 +14,14 @@ from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import DiskStore
+from a3_engine.fusion.turns import Turns
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
+from a3_engine.report import FusionReport
 
 logger = logging.getLogger(__name__)
+
+MAX_REPORTS = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Runtime:
     """A loaded model and what serves it.
 
     ``library`` is None for a model that the gate refused. ``computing`` is held while the model
-    computes: two requests at once on one device take longer than one after the other.
+    computes: two requests at once on one device take longer than one after the other. ``reports``
+    are those of the last requests, to be explained.
     """
 
     name: str
@@ -36,9 +42,12 @@ class Runtime:
     library: ChunkLibrary | None
     fingerprint: str
     computing: threading.Lock
+    turns: Turns = field(default_factory=Turns)
+    reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     def close(self) -> None:
-        """Release file handles."""
+        """Release file handles and kept turns."""
+        self.turns.close()
         self.store.close()
         if self.library is not None:
             self.library.catalogue.close()
