@@ -11,6 +11,7 @@ TokenCountingHandler looks for them, and the FusionReport in ``raw["a3"]`` and `
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_prompt
@@ -49,6 +50,10 @@ PER_CALL = {
     "selector",
     "ratio",
 }
+
+
+# The report of what finished last in this thread or task, for who called the LLM from it.
+finished: ContextVar[FusionReport | None] = ContextVar("finished", default=None)
 
 
 class A3LLM(LLM):
@@ -235,6 +240,7 @@ class A3LLM(LLM):
 
     def _finish(self, report: FusionReport | None) -> FusionReport | None:
         self._last_report = report
+        finished.set(report)
         return report
 
     def _pieces(self, request: Request, kwargs: dict[str, Any]) -> Generator[Any, None, None]:
