@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ANCHOR = 32  # shorter texts are not matched: they would be found where nobody meant them
+FEW = 8  # lengths that are tried one by one
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunk_texts (
@@ -85,14 +86,17 @@ class Catalogue:
         """Known texts inside ``text``, leftmost first, the longest where several begin together."""
         with self._lock:
             self._refresh()
-            starts: list[tuple[int, set[int]]] = []
-            stops: set[int] = set()
-            for at in range(len(text) - ANCHOR + 1):
-                window = text[at : at + ANCHOR]
-                if (lengths := self._lengths.get(window)) is not None:
-                    starts.append((at, lengths))
-                if window in self._tails:
-                    stops.add(at + ANCHOR)
+            windows = [text[at : at + ANCHOR] for at in range(len(text) - ANCHOR + 1)]
+            starts = [
+                (at, lengths)
+                for at, window in enumerate(windows)
+                if (lengths := self._lengths.get(window)) is not None
+            ]
+            # Where thousands begin alike, only the lengths that end at a known tail are tried.
+            many = any(len(lengths) > FEW for _, lengths in starts)
+            stops = [
+                at + ANCHOR for at, window in enumerate(windows) if many and window in self._tails
+            ]
             matches: list[Match] = []
             behind = 0
             for start, lengths in starts:
@@ -105,12 +109,11 @@ class Catalogue:
         with self._lock:
             self._db.close()
 
-    def _longest(self, text: str, start: int, lengths: set[int], stops: set[int]) -> Match | None:
-        """The longest known text at ``start``; there may be many lengths, or many stops."""
-        if len(lengths) < len(stops):
-            candidates = [start + chars for chars in lengths if start + chars in stops]
-        else:
+    def _longest(self, text: str, start: int, lengths: set[int], stops: list[int]) -> Match | None:
+        if len(lengths) > FEW:
             candidates = [stop for stop in stops if stop - start in lengths]
+        else:
+            candidates = [start + chars for chars in lengths if start + chars <= len(text)]
         for stop in sorted(candidates, reverse=True):
             if (known := _sha256(text[start:stop])) in self._tags:
                 return Match(start, stop, self._tags[known])
