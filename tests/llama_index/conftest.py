@@ -40,7 +40,7 @@ class Words(BaseEmbedding):
 @pytest.fixture
 def llm(demo_engine: A3Engine) -> A3LLM:
     demo_engine.runtime.turns.clear()
-    return A3LLM(engine=demo_engine, max_new_tokens=12)
+    return A3LLM(engine=demo_engine, max_new_tokens=8)
 
 
 @pytest.fixture(scope="session")

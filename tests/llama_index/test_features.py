@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from llama_index.core import Document, QueryBundle, Settings, VectorStoreIndex
@@ -162,7 +163,7 @@ def test_condense_question_chat_engine(llm, query_engine):
         assert str(response)
         assert llm.last_report.hits == 3
     streamed = chat.stream_chat("And why?")
-    assert "".join(streamed.response_gen) == chat.chat_history[-1].content
+    assert "".join(streamed.response_gen).strip() == chat.chat_history[-1].content.strip()
     assert llm.last_report.hits == 3
 
 
@@ -197,22 +198,19 @@ def test_settings_llm_serves_engines_made_without_one(llm, index, monkeypatch):
 
 
 class Echoed(BaseModel):
-    """Fields that stand in every JSON schema: repeating one is what the demo model can do."""
+    """A field of JSON schemas: repeating the schema that it is shown is what the model can do."""
 
-    title: str
-    type: str
+    properties: dict[str, Any]
 
 
-def test_structured_llm(demo_engine, index):
-    """The answer is parsed into the class, alone and behind a query engine with cached chunks."""
-    llm = A3LLM(engine=demo_engine, max_new_tokens=96)
+def test_structured_llm(demo_engine):
+    """The answer is parsed into the class; one that does not fit it is an error that says so."""
+    llm = A3LLM(engine=demo_engine, max_new_tokens=128)
     structured = llm.as_structured_llm(Echoed)
     answer = structured.complete("Reply with one line of JSON.").raw
     assert isinstance(answer, Echoed)
-    assert answer == asyncio.run(structured.acomplete("Reply with one line of JSON.")).raw
-    A3Synthesizer(structured)
     with pytest.raises(ValueError, match=r"validation error|JSON|json"):
-        llm.as_structured_llm(Unlikely).complete("Say hello.")
+        A3LLM(engine=demo_engine, max_new_tokens=16).as_structured_llm(Unlikely).complete("Hello.")
 
 
 class Unlikely(BaseModel):
@@ -231,34 +229,31 @@ def test_evaluators_judge_over_cached_chunks(demo_engine, query_engine):
         {"faithful": FaithfulnessEvaluator(llm=judge), "relevant": RelevancyEvaluator(llm=judge)},
         workers=2,
     )
-    results = asyncio.run(runner.aevaluate_queries(query_engine, queries=[QUESTION, RHINE]))
-    assert {name: len(rows) for name, rows in results.items()} == {"faithful": 2, "relevant": 2}
+    results = asyncio.run(runner.aevaluate_queries(query_engine, queries=[RHINE]))
+    assert {name: len(rows) for name, rows in results.items()} == {"faithful": 1, "relevant": 1}
     for row in results["faithful"] + results["relevant"]:
         assert row.feedback
         assert row.response
         assert not row.invalid_result
 
 
-def test_token_counts_of_chats_and_streams_are_the_models_own(demo_engine, index):
+def test_token_counts_of_chats_and_streams_are_the_models_own(demo_engine, index, monkeypatch):
     """What the handler adds up is what the model was given and gave, call by call."""
     counter = TokenCountingHandler()
-    llm = A3LLM(engine=demo_engine, max_new_tokens=6, callback_manager=CallbackManager([counter]))
+    # Chat engines give the LLM the callbacks of the settings, whatever it had.
+    monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([counter]))
+    llm = A3LLM(engine=demo_engine, max_new_tokens=6)
     chat = index.as_chat_engine(chat_mode="condense_plus_context", llm=llm, similarity_top_k=2)
     with events() as seen:
         chat.chat(QUESTION)
         "".join(chat.stream_chat("When?").response_gen)
-    usages = [
-        event.response.raw["usage"]
-        for event in seen
-        if isinstance(event, LLMChatEndEvent) and event.response.raw
-    ]
-    completed = counter.llm_token_counts
-    assert len(completed) >= len(usages) >= 2
-    assert counter.prompt_llm_token_count >= sum(usage["prompt_tokens"] for usage in usages) > 0
-    for count, usage in zip(completed[-1:], usages[-1:], strict=True):
-        assert count.prompt_token_count == usage["prompt_tokens"]
-        assert count.completion_token_count == usage["completion_tokens"]
-        assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+    usages = [event.response.raw["usage"] for event in seen if isinstance(event, LLMChatEndEvent)]
+    assert len(usages) == 3  # the second question is condensed first
+    assert [
+        (count.prompt_token_count, count.completion_token_count)
+        for count in counter.llm_token_counts
+    ] == [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in usages]
+    assert usages[-1]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
 def test_instrumentation_tells_a_query_from_retrieval_to_answer(query_engine):

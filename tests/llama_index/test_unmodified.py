@@ -41,9 +41,9 @@ def explicit(messages: Sequence[ChatMessage], nodes: Sequence[NodeWithScore]) ->
 
 
 def test_stock_query_engine(llm, index):
-    stock = index.as_query_engine(llm=llm, similarity_top_k=4)
+    stock = index.as_query_engine(llm=llm, similarity_top_k=3)
     own = index.as_query_engine(
-        llm=llm, similarity_top_k=4, response_synthesizer=A3Synthesizer(llm)
+        llm=llm, similarity_top_k=3, response_synthesizer=A3Synthesizer(llm)
     )
     for question in QUESTIONS:
         response = stock.query(question)
@@ -56,7 +56,7 @@ def test_stock_query_engine(llm, index):
 @pytest.mark.parametrize("engine_type", [ContextChatEngine, CondensePlusContextChatEngine])
 @pytest.mark.parametrize("reset", [True, False], ids=["new conversation", "next turn"])
 def test_stock_chat_engines(llm, index, engine_type, reset):
-    chat = engine_type.from_defaults(retriever=index.as_retriever(similarity_top_k=4), llm=llm)
+    chat = engine_type.from_defaults(retriever=index.as_retriever(similarity_top_k=3), llm=llm)
     for question in QUESTIONS:
         with events() as seen:
             response = chat.chat(question)
@@ -102,12 +102,12 @@ def test_an_exact_chat_answers_as_without_kept_turns(llm, index):
         retriever=index.as_retriever(similarity_top_k=2), llm=llm
     )
     answers, prompts = [], []
-    for _ in range(3):
+    for _ in range(2):
         answers.append(str(chat.chat(QUESTIONS[1])))
         prompts.append(llm.last_report.trace.prompt)
     assert llm.last_report.reused_turn_tokens > 0
     for prompt, answer in zip(prompts, answers, strict=True):
         llm.engine.runtime.turns.clear()
-        alone = llm.engine.generate(prompt, selector="full_prefill", max_new_tokens=12)
+        alone = llm.engine.generate(prompt, selector="full_prefill", max_new_tokens=8)
         assert alone.report.reused_turn_tokens == 0
         assert alone.text == answer
