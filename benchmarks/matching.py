@@ -41,7 +41,8 @@ def make_prompt(random_: random.Random, known: list[str], other: list[str], char
 
 def measure(stored: int, found: int, chars: int, repeats: int, alike: bool) -> dict[str, object]:
     random_ = random.Random(7)
-    words = ["".join(random_.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(5000)]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(random_.choices(letters, k=random_.randint(2, 10))) for _ in range(5000)]
     texts = [make_text(random_, words, alike) for _ in range(stored)]
     with tempfile.TemporaryDirectory(prefix="a3-matching-") as folder:
         catalogue = Catalogue(Path(folder) / "texts.sqlite3", "benchmark")
