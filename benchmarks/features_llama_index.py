@@ -1,6 +1,6 @@
 """Features of `HuggingFaceLLM` and `A3LLM` side by side, each row run on the same model folder.
 
-    pip install llama-index-llms-huggingface
+    pip install 'a3-integrations[gguf,llama-index,compare]'
 
 Prints a Markdown table. A probe returns whether the feature works; one that raises says no.
 """

@@ -6,7 +6,7 @@ all four the same question over 3,000 tokens of passages in a new order, so that
 they take turns, and the first round, which loads, warms up and stores the passages, is not counted.
 The clock runs from the call to the end of a stream of one token, through the framework.
 
-    pip install llama-index-llms-huggingface langchain-huggingface
+    pip install 'a3-integrations[gguf,llama-index,langchain,compare]'
 
 Both accept transformers 5 (langchain-huggingface 1.2 wants huggingface-hub below 2, which
 transformers 5.23 takes too).
