@@ -16,7 +16,11 @@ from llama_index.core.evaluation import (
     RelevancyEvaluator,
 )
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
-from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMChatStartEvent
+from llama_index.core.instrumentation.events.llm import (
+    LLMChatEndEvent,
+    LLMChatStartEvent,
+    LLMCompletionEndEvent,
+)
 from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index.core.node_parser import SentenceSplitter
@@ -247,7 +251,8 @@ def test_token_counts_of_chats_and_streams_are_the_models_own(demo_engine, index
     with events() as seen:
         chat.chat(QUESTION)
         "".join(chat.stream_chat("When?").response_gen)
-    usages = [event.response.raw["usage"] for event in seen if isinstance(event, LLMChatEndEvent)]
+    ends = (LLMChatEndEvent, LLMCompletionEndEvent)
+    usages = [event.response.raw["usage"] for event in seen if isinstance(event, ends)]
     assert len(usages) == 3  # the second question is condensed first
     assert [
         (count.prompt_token_count, count.completion_token_count)
