@@ -87,11 +87,8 @@ class Catalogue:
         with self._lock:
             self._refresh()
             windows = [text[at : at + ANCHOR] for at in range(len(text) - ANCHOR + 1)]
-            starts = [
-                (at, lengths)
-                for at, window in enumerate(windows)
-                if (lengths := self._lengths.get(window)) is not None
-            ]
+            heads = self._lengths.keys() & windows  # faster than asking for them one by one
+            starts = [(at, self._lengths[w]) for at, w in enumerate(windows) if w in heads]
             # Where thousands begin alike, only the lengths that end at a known tail are tried.
             many = any(len(lengths) > FEW for _, lengths in starts)
             stops = [
