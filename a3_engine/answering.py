@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from a3_engine.chunks.codec import ChunkKV
 from a3_engine.decoding.generate import Sampling, decode
@@ -18,22 +20,30 @@ from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors.base import LayerSelector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
+from a3_engine.fusion.turns import Turn
 from a3_engine.method import Method
 from a3_engine.prompt import Prompt, Segment
-from a3_engine.report import ChunkUse, FusionReport
+from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
 
 
-def why_prefill(runtime: Runtime, prompt: Prompt, method: Method, room: int) -> str | None:
-    """Why a request takes the ordinary way; None if it can be fused."""
+def why_not_kept(runtime: Runtime, prompt: Prompt, room: int) -> str | None:
+    """Why keys and values of this request serve no other one; None if they can."""
     support = runtime.support
-    if isinstance(method.selector, FullPrefill) and method.compression is None:
-        return "full_prefill was asked for"
     if support.rotation is None:
         return support.reason
     limit = support.rotation.max_tokens
     if limit is not None and prompt.n_tokens + room > limit:
         return f"longrope changes its frequencies beyond {limit} tokens"
+    return None
+
+
+def why_prefill(runtime: Runtime, prompt: Prompt, method: Method, room: int) -> str | None:
+    """Why a request takes the ordinary way; None if it can be fused."""
+    if isinstance(method.selector, FullPrefill) and method.compression is None:
+        return "full_prefill was asked for"
+    if (reason := why_not_kept(runtime, prompt, room)) is not None:
+        return reason
     has_chunks = any(segment.kind == "chunk" for segment in prompt.segments)
     if not has_chunks and method.compression is None:
         return "the prompt holds no known chunk"
@@ -47,17 +57,24 @@ def assemble(
     room: int,
     report: FusionReport,
     abandoned: Callable[[], bool] = lambda: False,
+    turn: Turn | None = None,
+    reused: int = 0,
 ) -> FusedCache:
-    """Fetch the chunks and lay them into a cache, with the pass that will complete it."""
+    """Lay chunks, behind ``reused`` tokens of a turn, into a cache with the pass to complete it."""
     assert runtime.library is not None
     assert runtime.support.rotation is not None
     selector, rotation = method.selector, runtime.support.rotation
     started = time.perf_counter()
     loaded = []
+    report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
     for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
         if abandoned():
             raise Abandoned
+        if start < reused:
+            if segment.kind == "chunk" and start + len(segment.ids) <= reused:
+                report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
+            continue
         fetched = runtime.library.fetch(segment)
         loaded.append((start, fetched.kv))
         report.encode_s += fetched.seconds
@@ -69,19 +86,27 @@ def assemble(
             report.cached_tokens += len(segment.ids)
         else:
             report.created_tokens += len(segment.ids)
+    prefix_ids, prefix_kv = runtime.library.prefix_ids, None
+    if isinstance(selector, SparseSelector) and prefix_ids:
+        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids)).kv
+    local = partial(_local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv))
     with runtime.computing:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
         load_chunks(cache, rotation, loaded)
+        if turn is not None:
+            turn.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
         compressor = method.compression.start() if method.compression else None
         cache = begin(
             runtime.model,
             rotation,
             cache,
-            prompt.layout(runtime.library.prefix_ids),
+            prompt.layout(prefix_ids, reused),
             selector,
             prompt.ids,
-            local_queries=partial(_local_queries, runtime, prompt, dict(loaded)),
+            local_queries=partial(
+                _local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv)
+            ),
             room=room,
             abandoned=abandoned,
             observer=compressor.observe if compressor else None,
@@ -91,18 +116,17 @@ def assemble(
 
 
 def _local_queries(
-    runtime: Runtime, prompt: Prompt, kv_at: dict[int, ChunkKV], selector: SparseSelector
+    runtime: Runtime,
+    prompt: Prompt,
+    kv_at: dict[int, ChunkKV],
+    prefix: tuple[tuple[int, ...], ChunkKV | None],
+    selector: SparseSelector,
 ) -> torch.Tensor:
     """The local queries of the prompt's chunks, ``(chunks, layers, heads, head_dim)``."""
-    assert runtime.library is not None
     assert runtime.local_queries is not None
-    prefix_ids = runtime.library.prefix_ids
-    prefix_kv = None
-    if prefix_ids:
-        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids)).kv
     return torch.stack(
         [
-            runtime.local_queries.get(selector, (prefix_ids, prefix_kv), segment.ids, kv_at[start])
+            runtime.local_queries.get(selector, prefix, segment.ids, kv_at[start])
             for start, segment in prompt.cached
             if segment.kind == "chunk"
         ]
@@ -119,19 +143,27 @@ def answer(
     abandoned: Callable[[], bool],
 ) -> FusionReport:
     """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``."""
-    selector = method.selector
+    selector, room = method.selector, sampling.max_new_tokens
     report = FusionReport(
         model=runtime.name,
         selector=selector.name,
         ratio=selector.ratio,
         prompt_tokens=prompt.n_tokens,
-        fallback_reason=why_prefill(runtime, prompt, method, sampling.max_new_tokens),
+        fallback_reason=why_prefill(runtime, prompt, method, room),
     )
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
-    cache = None
+    # A cache that leaves tokens out serves its own request alone.
+    keeps = (
+        why_not_kept(runtime, prompt, room) is None
+        and method.compression is None
+        and not isinstance(selector, SparseSelector)
+    )
+    turn, reused = runtime.turns.find(prompt.ids, selector) if keeps else (None, 0)
+    # Without a config no layer becomes a sliding one, which would drop tokens outside its window.
+    cache: Cache | None = DynamicCache() if keeps else None
     try:
-        if report.fused:
-            cache = assemble(runtime, prompt, method, sampling.max_new_tokens, report, abandoned)
+        if report.fused or turn is not None:
+            cache = assemble(runtime, prompt, method, room, report, abandoned, turn, reused)
         with runtime.computing:
             if abandoned():
                 raise Abandoned
@@ -146,6 +178,8 @@ def answer(
                 abandoned,
             )
             ended = time.perf_counter()
+            if keeps and cache is not None:
+                runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens
@@ -153,12 +187,17 @@ def answer(
     first = emitter.first_token_at or ended
     report.ttft_s, report.decode_s = first - started, ended - first
     report.recompute_s = first - began
-    if cache is not None and cache.fusion is not None:
+    recomputed: tuple[int, ...] = ()
+    if report.fused and isinstance(cache, FusedCache) and cache.fusion is not None:
         fusion = cache.fusion
         report.select_s = fusion.select_seconds
         report.kv_bytes = cache.prompt_nbytes
         report.compression = method.compression.name if method.compression else ""
         if isinstance(selector, LayerSelector):  # it selects inside the pass
             report.recompute_s -= report.select_s
-        report.recomputed_tokens = 0 if fusion.selected is None else len(fusion.selected)
+        if fusion.selected is not None:
+            recomputed = tuple(fusion.selected.tolist())
+    report.recomputed_tokens = len(recomputed)
+    report.trace = Trace(prompt, recomputed)
+    runtime.reports.append(report)
     return report

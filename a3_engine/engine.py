@@ -23,6 +23,7 @@ from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.generate import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
 from a3_engine.errors import ContextOverflowError
+from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
@@ -210,6 +211,7 @@ class A3Engine:
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag from the store; returns how many there were."""
+        self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0
 
@@ -339,6 +341,10 @@ class A3Engine:
         """
         prompt = self.plan(request, chunks)
         return prompt, assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
+
+    def explain(self, response: object) -> Explanation:
+        """Show which tokens were computed; see :func:`a3_engine.explain.explain`."""
+        return explain(response, self.runtime.tokenizer, list(self.runtime.reports))
 
     # How
 

@@ -88,13 +88,16 @@ class Prompt:
             position += len(segment.ids)
         return [(start, segment) for start, segment in starts if segment.kind != "fresh"]
 
-    def layout(self, behind: tuple[int, ...]) -> Layout:
+    def layout(self, behind: tuple[int, ...], reused: int = 0) -> Layout:
         """Positions by role.
 
         Parameters
         ----------
         behind : tuple of int
             The ids that chunks were computed behind; a first chunk that stands just there is exact.
+        reused : int
+            Tokens at the start that have no role, because an earlier turn computed them. What it
+            leaves of a chunk that it cuts is fresh.
         """
         chunks: list[Span] = []
         fresh: list[torch.Tensor] = []
@@ -103,10 +106,10 @@ class Prompt:
         so_far: list[int] = []
         for index, segment in enumerate(self.segments):
             stop = position + len(segment.ids)
-            if segment.kind == "chunk":
+            if segment.kind == "chunk" and position >= reused:
                 chunks.append(Span(position, stop, exact=tuple(so_far) == behind))
-            elif segment.kind == "fresh":
-                fresh.append(torch.arange(position, stop))
+            elif segment.kind != "prefix" and stop > reused:
+                fresh.append(torch.arange(max(position, reused), stop))
                 if index >= self.question_from:
                     question.append(fresh[-1])
             so_far += segment.ids
@@ -117,6 +120,7 @@ class Prompt:
             prefix_tokens=chunks[0].start if chunks else position,
             fresh=torch.cat(fresh),
             question=torch.cat(question),
+            reused=reused,
         )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import html
+import uuid
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from a3_engine.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class ChunkUse:
-    """One chunk of a prompt: its tokens, whether the store had it, its bytes read or written."""
+    """One chunk of a prompt: its tokens, whether it was cached, its bytes read or written.
+
+    A hit of no bytes stood in the cache that the turn before had left.
+    """
 
     text: str
     n_tokens: int
@@ -16,16 +23,27 @@ class ChunkUse:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Trace:
+    """The prompt of a request, and the sorted positions of its recomputed chunk tokens."""
+
+    prompt: Prompt
+    recomputed: tuple[int, ...]
+
+
 @dataclass
 class FusionReport:
     """Counts in tokens, times in seconds, sizes in bytes.
 
-    ``cached_tokens`` were read from the store, ``created_tokens`` belong to chunks that missed and
-    were computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion
-    pass. ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
+    ``cached_tokens`` were read from the store or left by the conversation's turn before, which are
+    the ``reused_turn_tokens`` among them; ``created_tokens`` belong to chunks that missed and were
+    computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion pass.
+    ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
     ``ttft_s``, the time from the call to the first token, as are ``load_s`` and ``encode_s``.
     ``kv_bytes`` is what the prompt's keys and values take while a fused request decodes.
     ``fallback_reason`` says why ordinary prefill served the request, and is None for a fused one.
+    ``request_id`` leads from a framework's response, which holds `to_dict`, back to the report;
+    ``trace`` is what `A3Engine.explain` draws.
     """
 
     model: str = ""
@@ -34,6 +52,7 @@ class FusionReport:
     compression: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    reused_turn_tokens: int = 0
     created_tokens: int = 0
     fresh_tokens: int = 0
     recomputed_tokens: int = 0
@@ -48,6 +67,8 @@ class FusionReport:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     finish_reason: str = ""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     @property
     def fused(self) -> bool:
@@ -72,7 +93,8 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for logs and framework metadata; chunk texts are left out."""
-        values = asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        del values["trace"]
         values["chunks"] = len(self.chunks)
         values |= {
             "fused": self.fused,
@@ -84,22 +106,44 @@ class FusionReport:
         return values
 
     def __str__(self) -> str:
-        lines = [f"A³ report · {self.model} · " + (self._how())]
-        lines.append(
-            f"  prompt     {self.prompt_tokens:>6} tokens: {self.cached_tokens} from the cache, "
-            f"{self.created_tokens} computed and stored, {self.fresh_tokens} fresh"
+        lines = [f"A³ report · {self.model} · {self._how()}"]
+        return "\n".join(lines + [f"  {name:<11} {text}" for name, text in self._rows()])
+
+    def _repr_html_(self) -> str:
+        """A small table, for notebooks."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for name, text in self._rows()
         )
+        title = html.escape(f"{self.model} · {self._how()}")
+        return f"<table><caption style='text-align:left'>{title}</caption>{rows}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        kept = f" ({self.reused_turn_tokens} of them kept from the turn before)"
+        rows = [
+            (
+                "prompt",
+                f"{self.prompt_tokens} tokens: {self.cached_tokens} from the cache"
+                f"{kept if self.reused_turn_tokens else ''}, "
+                f"{self.created_tokens} computed and stored, {self.fresh_tokens} fresh",
+            )
+        ]
         if self.fused:
-            lines.append(
-                f"  recomputed {self.recomputed_tokens:>6} of "
-                f"{self.cached_tokens + self.created_tokens} cached tokens"
-            )
-            lines.append(
-                f"  chunks     {len(self.chunks):>6}: {self.hits} hits "
-                f"({_size(self.bytes_read)} read), {self.misses} misses "
-                f"({_size(self.bytes_written)} written)"
-            )
-            lines.append(f"  resident   {_size(self.kv_bytes):>6} of keys and values")
+            rows += [
+                (
+                    "recomputed",
+                    f"{self.recomputed_tokens} of "
+                    f"{self.cached_tokens - self.reused_turn_tokens + self.created_tokens} tokens "
+                    "from the store",
+                ),
+                (
+                    "chunks",
+                    f"{len(self.chunks)}: {self.hits} hits ({_size(self.bytes_read)} read), "
+                    f"{self.misses} misses ({_size(self.bytes_written)} written)",
+                ),
+                ("resident", f"{_size(self.kv_bytes)} of keys and values"),
+            ]
         parts = {
             "load": self.load_s,
             "encode misses": self.encode_s,
@@ -107,13 +151,16 @@ class FusionReport:
             "recompute": self.recompute_s,
         }
         detail = ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if value > 0)
-        lines.append(f"  first token {self.ttft_s:>7.3f} s" + (f" ({detail})" if detail else ""))
+        rows.append(("first token", f"{self.ttft_s:.3f} s" + (f" ({detail})" if detail else "")))
         rate = (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
-        lines.append(
-            f"  answer     {self.generated_tokens:>6} tokens in {self.decode_s:.3f} s"
-            + (f" ({rate:.1f} a second)" if rate > 0 else "")
+        rows.append(
+            (
+                "answer",
+                f"{self.generated_tokens} tokens in {self.decode_s:.3f} s"
+                + (f" ({rate:.1f} a second)" if rate > 0 else ""),
+            )
         )
-        return "\n".join(lines)
+        return rows
 
     def _how(self) -> str:
         if self.fused:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,10 +15,14 @@ from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fi
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import DiskStore
 from a3_engine.fusion.sparse import LocalQueries
+from a3_engine.fusion.turns import Turns
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
+from a3_engine.report import FusionReport
 
 logger = logging.getLogger(__name__)
+
+MAX_REPORTS = 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Runtime:
 
     ``library`` and ``local_queries`` are None for a model that the gate refused. ``computing`` is
     held while the model computes: two requests at once on one device take longer than one after
-    the other.
+    the other. ``reports`` are those of the last requests, to be explained.
     """
 
     name: str
@@ -39,9 +44,12 @@ class Runtime:
     local_queries: LocalQueries | None
     fingerprint: str
     computing: threading.Lock
+    turns: Turns = field(default_factory=Turns)
+    reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     def close(self) -> None:
-        """Release file handles."""
+        """Release file handles and kept turns."""
+        self.turns.close()
         self.store.close()
         if self.library is not None:
             self.library.catalogue.close()

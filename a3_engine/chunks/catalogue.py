@@ -1,8 +1,10 @@
 """The texts of stored chunks, to find them again inside a finished prompt.
 
 A framework may hand over nothing but one long string. Every text of a stored chunk that stands in
-it, to the letter, can be served from the cache. The first `ANCHOR` characters of each text lead to
-its possible lengths; a hash of the whole text decides. Only hashes and anchors are kept on disk.
+it, to the letter, can be served from the cache. A candidate begins like a known text, ends like a
+known text and is as long as one that begins so, each by `ANCHOR` characters; a hash of the whole
+text decides. Heads alone would not do: texts with metadata often begin alike by the thousand. Only
+hashes, heads and tails are kept on disk.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ANCHOR = 32  # shorter texts are not matched: they would be found where nobody meant them
+FEW = 8  # lengths that are tried one by one
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS texts (
+CREATE TABLE IF NOT EXISTS chunk_texts (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    engine TEXT NOT NULL, sha256 TEXT NOT NULL, anchor TEXT NOT NULL, chars INTEGER NOT NULL,
-    tag TEXT, UNIQUE (engine, sha256)
+    engine TEXT NOT NULL, sha256 TEXT NOT NULL, chars INTEGER NOT NULL, head TEXT NOT NULL,
+    tail TEXT NOT NULL, tag TEXT, UNIQUE (engine, sha256)
 );
+CREATE INDEX IF NOT EXISTS chunk_texts_by_tag ON chunk_texts (tag);
 CREATE TABLE IF NOT EXISTS evictions (id INTEGER PRIMARY KEY AUTOINCREMENT);
 """
 
@@ -52,18 +56,21 @@ class Catalogue:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.executescript(SCHEMA)
         self._seen = self._evictions = 0
-        self._anchors: dict[str, dict[int, dict[str, str | None]]] = {}
+        self._lengths: dict[str, set[int]] = {}  # by head
+        self._tails: set[str] = set()
+        self._tags: dict[str, str | None] = {}  # by hash
 
     def add(self, texts: Iterable[tuple[str, str | None]]) -> None:
         """Remember ``(text, tag)`` pairs, but for texts shorter than `ANCHOR` characters."""
         rows = [
-            (self._engine, _sha256(text), text[:ANCHOR], len(text), tag)
+            (self._engine, _sha256(text), len(text), text[:ANCHOR], text[-ANCHOR:], tag)
             for text, tag in texts
             if len(text) >= ANCHOR
         ]
         with self._lock, self._db:
             self._db.executemany(
-                "INSERT INTO texts (engine, sha256, anchor, chars, tag) VALUES (?, ?, ?, ?, ?) "
+                "INSERT INTO chunk_texts (engine, sha256, chars, head, tail, tag) "
+                "VALUES (?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL",
                 rows,
             )
@@ -72,49 +79,58 @@ class Catalogue:
         """Forget the texts with this tag."""
         with self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("DELETE FROM texts WHERE tag = ?", (tag,))
-            self._db.execute("INSERT INTO evictions DEFAULT VALUES")
+            if self._db.execute("DELETE FROM chunk_texts WHERE tag = ?", (tag,)).rowcount:
+                self._db.execute("INSERT INTO evictions DEFAULT VALUES")
 
     def find(self, text: str) -> list[Match]:
         """Known texts inside ``text``, leftmost first, the longest where several begin together."""
         with self._lock:
             self._refresh()
-            anchors = self._anchors
-            matches, at = [], 0
-            while at + ANCHOR <= len(text):
-                lengths = anchors.get(text[at : at + ANCHOR])
-                match = self._longest(text, at, lengths) if lengths else None
-                if match is None:
-                    at += 1
-                else:
+            windows = [text[at : at + ANCHOR] for at in range(len(text) - ANCHOR + 1)]
+            heads = self._lengths.keys() & windows  # faster than asking for them one by one
+            starts = [(at, self._lengths[w]) for at, w in enumerate(windows) if w in heads]
+            # Where thousands begin alike, only the lengths that end at a known tail are tried.
+            many = any(len(lengths) > FEW for _, lengths in starts)
+            stops = [
+                at + ANCHOR for at, window in enumerate(windows) if many and window in self._tails
+            ]
+            matches: list[Match] = []
+            behind = 0
+            for start, lengths in starts:
+                if start >= behind and (match := self._longest(text, start, lengths, stops)):
                     matches.append(match)
-                    at = match.stop
+                    behind = match.stop
             return matches
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
 
-    @staticmethod
-    def _longest(text: str, start: int, lengths: dict[int, dict[str, str | None]]) -> Match | None:
-        for chars in sorted(lengths, reverse=True):
-            stop = start + chars
-            if stop <= len(text) and (known := _sha256(text[start:stop])) in lengths[chars]:
-                return Match(start, stop, lengths[chars][known])
+    def _longest(self, text: str, start: int, lengths: set[int], stops: list[int]) -> Match | None:
+        if len(lengths) > FEW:
+            candidates = [stop for stop in stops if stop - start in lengths]
+        else:
+            candidates = [start + chars for chars in lengths if start + chars <= len(text)]
+        for stop in sorted(candidates, reverse=True):
+            if (known := _sha256(text[start:stop])) in self._tags:
+                return Match(start, stop, self._tags[known])
         return None
 
     def _refresh(self) -> None:
         """Read what this or another process has added since; all of it after a removal."""
         (evictions,) = self._db.execute("SELECT coalesce(max(id), 0) FROM evictions").fetchone()
         if evictions != self._evictions:
-            self._evictions, self._seen, self._anchors = evictions, 0, {}
+            self._evictions, self._seen = evictions, 0
+            self._lengths, self._tails, self._tags = {}, set(), {}
         rows = self._db.execute(
-            "SELECT id, sha256, anchor, chars, tag FROM texts "
+            "SELECT id, sha256, chars, head, tail, tag FROM chunk_texts "
             "WHERE id > ? AND engine = ? ORDER BY id",
             (self._seen, self._engine),
         )
-        for self._seen, sha256, anchor, chars, tag in rows:
-            self._anchors.setdefault(anchor, {}).setdefault(chars, {})[sha256] = tag
+        for self._seen, sha256, chars, head, tail, tag in rows:
+            self._lengths.setdefault(head, set()).add(chars)
+            self._tails.add(tail)
+            self._tags[sha256] = tag
 
 
 def _sha256(text: str) -> str:

@@ -35,6 +35,10 @@ class TextEmitter:
         self.stopped = False
 
     @property
+    def ids(self) -> list[int]:
+        return self._ids
+
+    @property
     def n_tokens(self) -> int:
         return len(self._ids)
 

@@ -100,7 +100,7 @@ class FusionPass:
         """Recompute these chunk tokens, given in any order."""
         self.selected = torch.unique(selected.cpu())
         self.rows = (
-            self._everything
+            self._everything[self.layout.reused :]
             if self.selector.ratio >= 1.0
             else torch.unique(torch.cat([self.selected, self.layout.fresh]))
         )

@@ -36,6 +36,9 @@ class Layout:
         Tokens without a cached counterpart; they are computed in any case.
     question : torch.Tensor
         The fresh tokens whose attention selects; never empty.
+    reused : int
+        Tokens at the start whose keys and values an earlier turn left in the cache. They are
+        neither chunk nor fresh.
     """
 
     n_tokens: int
@@ -43,6 +46,7 @@ class Layout:
     prefix_tokens: int
     fresh: torch.Tensor
     question: torch.Tensor
+    reused: int = 0
 
     @property
     def chunk_positions(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A³ in LlamaIndex: an LLM, a synthesizer and an ingestion step."""
+"""A³ in LlamaIndex: an LLM, a synthesizer, an ingestion step and a document store."""
 
 try:
     import llama_index.core  # noqa: F401
@@ -7,8 +7,9 @@ except ImportError as error:
         "LlamaIndex is not installed. Run: pip install 'a3-integrations[llama-index]'"
     ) from error
 
+from a3_integrations.llama_index.docstore import A3DocumentStore
 from a3_integrations.llama_index.ingestion import A3PrecomputeTransform
 from a3_integrations.llama_index.llm import A3LLM
 from a3_integrations.llama_index.synthesizer import A3Synthesizer
 
-__all__ = ["A3LLM", "A3PrecomputeTransform", "A3Synthesizer"]
+__all__ = ["A3LLM", "A3DocumentStore", "A3PrecomputeTransform", "A3Synthesizer"]

@@ -11,6 +11,7 @@ TokenCountingHandler looks for them, and the FusionReport in ``raw["a3"]`` and `
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_prompt
@@ -38,6 +39,7 @@ from a3_engine.model.gguf import DEMO_MODEL
 
 # Names that callers of other LLMs use for our settings.
 ALIASES = {"max_tokens": "max_new_tokens"}
+OF_ENGINE = ("cache_dir", "device", "dtype", "trust_remote_code", "encode_prefix", "size_limit")
 PER_CALL = {
     "max_new_tokens",
     "temperature",
@@ -50,6 +52,10 @@ PER_CALL = {
 }
 
 
+# The report of what finished last in this thread or task, for who called the LLM from it.
+finished: ContextVar[FusionReport | None] = ContextVar("finished", default=None)
+
+
 class A3LLM(LLM):
     """A local model that answers from cached chunks.
 
@@ -58,7 +64,8 @@ class A3LLM(LLM):
     >>> llm = A3LLM(model="smollm2-135m-instruct")
     >>> query_engine = index.as_query_engine(llm=llm, response_synthesizer=A3Synthesizer(llm=llm))
 
-    A ready engine is taken too: ``A3LLM(engine=engine)``. It then decides about model and store.
+    A ready engine is taken too: ``A3LLM(engine=engine)``. It decides about model and store, so that
+    no field about these may be given beside it.
     """
 
     model: str = Field(
@@ -88,12 +95,23 @@ class A3LLM(LLM):
     _engine: A3Engine = PrivateAttr()
     _last_report: FusionReport | None = PrivateAttr(default=None)
 
-    def __init__(self, model: str = DEMO_MODEL, *, engine: A3Engine | None = None, **fields: Any):
+    def __init__(
+        self, model: str | None = None, *, engine: A3Engine | None = None, **fields: Any
+    ) -> None:
         if unknown := set(fields) - set(type(self).model_fields):
             raise TypeError(f"A3LLM has no field {', '.join(sorted(unknown))}.")
         if fields.get("selector") is not None:
             make_selector(fields["selector"], fields.get("ratio"))  # an unknown one fails here
-        super().__init__(model=engine.name if engine else model, **fields)
+        if engine is not None:
+            decided = {name for name in OF_ENGINE if name in fields}
+            if decided or model not in (None, engine.name):
+                names = ", ".join(sorted(decided | ({"model"} if model else set())))
+                raise ValueError(
+                    f"A3LLM was given an engine and {names}, which the engine decides: give one "
+                    f"or the other. A3Engine.from_pretrained takes {names} too."
+                )
+            model = engine.name
+        super().__init__(model=model or DEMO_MODEL, **fields)
         self._engine = engine or A3Engine.from_pretrained(
             self.model,
             cache_dir=self.cache_dir,
@@ -222,6 +240,7 @@ class A3LLM(LLM):
 
     def _finish(self, report: FusionReport | None) -> FusionReport | None:
         self._last_report = report
+        finished.set(report)
         return report
 
     def _pieces(self, request: Request, kwargs: dict[str, Any]) -> Generator[Any, None, None]:

@@ -20,7 +20,7 @@ from llama_index.core.response_synthesizers import CompactAndRefine
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType
 
 from a3_engine import Chunk
-from a3_integrations.llama_index.llm import A3LLM
+from a3_integrations.llama_index.llm import A3LLM, finished
 
 SEPARATOR = "\n\n"  # as CompactAndRefine joins nodes
 
@@ -39,6 +39,11 @@ class A3Synthesizer(CompactAndRefine):
     ------
     TypeError
         The LLM is no `A3LLM`.
+
+    Notes
+    -----
+    ``response.metadata["a3"]`` holds the report of the last request that the response took, as
+    plain values; a streamed one has it in ``llm.last_report`` when it was read.
     """
 
     def __init__(self, llm: LLM | None = None, **options: Any) -> None:
@@ -65,13 +70,15 @@ class A3Synthesizer(CompactAndRefine):
         self, query: QueryType, nodes: list[NodeWithScore], *args: Any, **kwargs: Any
     ) -> RESPONSE_TYPE:
         self._remember(nodes)
-        return super().synthesize(query, nodes, *args, **kwargs)
+        finished.set(None)
+        return _with_report(super().synthesize(query, nodes, *args, **kwargs))
 
     async def asynthesize(
         self, query: QueryType, nodes: list[NodeWithScore], *args: Any, **kwargs: Any
     ) -> RESPONSE_TYPE:
         self._remember(nodes)
-        return await super().asynthesize(query, nodes, *args, **kwargs)
+        finished.set(None)
+        return _with_report(await super().asynthesize(query, nodes, *args, **kwargs))
 
     def _remember(self, nodes: Iterable[NodeWithScore]) -> None:
         self._engine.remember(
@@ -101,3 +108,9 @@ class A3Synthesizer(CompactAndRefine):
                 groups[-1].append(piece)
                 room -= needed
         return [SEPARATOR.join(group) for group in groups]
+
+
+def _with_report(response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+    if (report := finished.get()) is not None:
+        response.metadata = {**(response.metadata or {}), "a3": report.to_dict()}
+    return response

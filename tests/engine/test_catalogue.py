@@ -73,6 +73,20 @@ def test_leftmost_and_longest_wins(known):
     assert found(catalogue, overlapping) == [overlapping]
 
 
+@pytest.mark.parametrize("n", [3, 200])
+def test_texts_that_begin_and_end_alike_are_told_apart(known, n):
+    """A document store's chunks often share their metadata: few such texts, and many."""
+    head, tail = "source: handbook.pdf, language: English\n", "\nSee the appendix for the terms."
+    texts = [f"{head}{'word ' * number}{number}{tail}" for number in range(n)]
+    catalogue = known(*texts)
+    asked = [texts[i % n] for i in (2, 0, 150, 2, 75)]
+    other = f"{head}{'word ' * 5}other{tail}"
+    assert found(catalogue, "\n\n".join([other, *asked, other])) == asked
+    assert found(catalogue, "".join(asked)) == asked
+    longer = head + "and before\n" + texts[1]
+    assert found(known(longer), f"{longer} {texts[1]}") == [longer, texts[1]]
+
+
 def test_short_texts_are_never_matched(known):
     """They would be found where nobody meant them."""
     short, enough = "x" * (ANCHOR - 1), "y" * ANCHOR

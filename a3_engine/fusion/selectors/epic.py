@@ -28,7 +28,7 @@ class Epic(BoundarySelector):
     first: int | None = None
 
     def select(self, layout: Layout) -> torch.Tensor:
-        behind_first = layout.chunks[1:]
+        behind_first = layout.chunks if layout.reused else layout.chunks[1:]
         per_chunk = self.first or self.budget(layout) // max(len(behind_first), 1)
         starts = [
             torch.arange(span.start, min(span.start + per_chunk, span.stop))

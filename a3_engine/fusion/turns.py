@@ -1,0 +1,133 @@
+"""Kept conversations: the cache of one turn serves the next, which begins with all its tokens.
+
+The next prompt of a chat is usually the last one, its answer, and something new. Keys and values
+depend on nothing behind them, so those of the old tokens can stay; only the new ones are computed,
+or fused where they are chunks. A prompt that begins in any other way shares nothing and is fused
+as a whole.
+
+A kept cache is as exact as it was made: where chunks were fused approximately, the turns that
+extend it go on with that approximation. It is therefore handed to the same method at the same ratio
+only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.selectors.base import Selector
+
+MAX_TURNS = 4  # a few conversations, or a few branches of one
+MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answered request. What it holds is never written again.
+
+    Parameters
+    ----------
+    ids : tuple of int
+        The prompt and the whole answer.
+    n_prompt : int
+        How many of them are the prompt.
+    selector : Selector
+        What the cache was made by.
+    states : tuple of (keys, values)
+        A pair a layer, each ``(1, kv_heads, tokens, head_dim)``, rotated into place. The answer's
+        last token was never fed, and has none.
+    """
+
+    ids: tuple[int, ...]
+    n_prompt: int
+    selector: Selector
+    states: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def n_cached(self) -> int:
+        return self.states[0][0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept alive, with the slots that the answer left free."""
+        return sum(state.untyped_storage().nbytes() for pair in self.states for state in pair)
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Tokens that a prompt may take over; 0 unless it goes on behind this prompt's answer.
+
+        An answer may come back cut, by a stop string or a strip: what stands before is still the
+        same. At least one token is left to compute, whose logits choose the answer.
+        """
+        if tuple(ids[: self.n_prompt]) != self.ids[: self.n_prompt]:
+            return 0
+        same = self.n_prompt
+        for ours, theirs in zip(self.ids[same:], ids[same:], strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        return min(same, self.n_cached, len(ids) - 1) if same > self.n_prompt else 0
+
+    @torch.inference_mode()
+    def copy_to(self, cache: FusedCache, tokens: int) -> None:
+        """Lay the first tokens into a pending cache."""
+        for layer, (keys, values) in zip(cache.layers, self.states, strict=True):
+            own_keys, own_values = layer.stored()
+            own_keys[:, :, :tokens] = keys[:, :, :tokens]
+            own_values[:, :, :tokens] = values[:, :, :tokens]
+
+
+class Turns:
+    """The last turns of one model, bounded by number and by bytes; safe to use from threads."""
+
+    def __init__(self, max_turns: int = MAX_TURNS, max_bytes: int = MAX_BYTES) -> None:
+        self._max_turns, self._max_bytes = max_turns, max_bytes
+        self._turns: list[Turn] = []  # the one used last is the last
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def keep(self, ids: Sequence[int], n_prompt: int, selector: Selector, cache: Cache) -> None:
+        """Keep a finished request's cache; nobody may write it from now on."""
+        states = tuple((layer.keys, layer.values) for layer in cache.layers)
+        turn = Turn(tuple(ids), n_prompt, selector, states)
+        with self._lock:
+            if self._closed or turn.nbytes > self._max_bytes:
+                return
+            self._turns = [
+                kept for kept in self._turns if (kept.ids, kept.selector) != (turn.ids, selector)
+            ]
+            self._turns.append(turn)
+            while (
+                len(self._turns) > self._max_turns
+                or sum(kept.nbytes for kept in self._turns) > self._max_bytes
+            ):
+                del self._turns[0]
+
+    def find(self, ids: Sequence[int], selector: Selector) -> tuple[Turn | None, int]:
+        """The turn by this method that a prompt shares most tokens with, and how many."""
+        with self._lock:
+            shared = [
+                (turn.shared(ids), place)
+                for place, turn in enumerate(self._turns)
+                if turn.selector == selector
+            ]
+            tokens, place = max(shared, default=(0, 0))
+            if not tokens:
+                return None, 0
+            self._turns.append(self._turns.pop(place))
+            return self._turns[-1], tokens
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        with self._lock:
+            self._turns.clear()
+
+    def close(self) -> None:
+        """Forget all turns, and keep none from now on."""
+        with self._lock:
+            self._closed = True
+            self._turns.clear()
