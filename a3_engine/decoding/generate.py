@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from a3_engine.decoding.grammar import FollowGrammar
 from a3_engine.decoding.streaming import TextEmitter
 
 
@@ -36,6 +37,8 @@ class Sampling:
         1.0 is off.
     stop : tuple of str
         The answer ends before the first of these.
+    grammar : str or None
+        What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
     """
 
     max_new_tokens: int = 256
@@ -44,6 +47,7 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -132,7 +136,10 @@ def decode(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    extra = {} if cache is None else {"past_key_values": cache}
+    ends = eos if isinstance(eos, list) else [eos]
+    extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if sampling.grammar is not None:
+        extra["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
     with _without_own_defaults(model):
         output = model.generate(
             inputs,
@@ -144,6 +151,5 @@ def decode(
     emitter.end()
     if abandoned():
         return "abandoned"
-    ends = eos if isinstance(eos, list) else [eos]
     ended = emitter.stopped or int(output[0, -1]) in ends
     return "stop" if ended else "length"
