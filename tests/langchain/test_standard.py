@@ -1,0 +1,90 @@
+"""LangChain's own suites for chat models, on the demo model."""
+
+from __future__ import annotations
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from a3_engine import A3Engine
+from a3_integrations.langchain import ChatA3
+
+DOCUMENT = "The lighthouse of Kinnairdhead was lit in 1787, the first of the Northern Lights. " * 3
+
+
+class TestUnit(ChatModelUnitTests):
+    @property
+    def chat_model_class(self) -> type[ChatA3]:
+        return ChatA3
+
+    @property
+    def chat_model_params(self) -> dict:
+        return {"model": "smollm2-135m-instruct"}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_model_override(self) -> bool:
+        return False  # a chat model stands for one set of weights
+
+
+@pytest.mark.real_model
+class TestIntegration(ChatModelIntegrationTests):
+    engine: A3Engine
+
+    @pytest.fixture(autouse=True, scope="class")
+    def _the_engine(self, request, demo_engine) -> None:
+        request.cls.engine = demo_engine
+
+    @property
+    def chat_model_class(self) -> type[ChatA3]:
+        return ChatA3
+
+    @property
+    def chat_model_params(self) -> dict:
+        return {"engine": self.engine, "max_tokens": 96}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_model_override(self) -> bool:
+        return False
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
+    def supported_usage_metadata_details(self) -> dict:
+        details = ["cache_read_input", "cache_creation_input"]
+        return {"invoke": details, "stream": details}
+
+    def invoke_with_cache_creation_input(self, *, stream: bool = False) -> AIMessage:
+        self.engine.evict("standard")
+        return self._ask(stream, created=True)
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        self._ask(stream, created=None)
+        return self._ask(stream, created=False)
+
+    def _ask(self, stream: bool, created: bool | None) -> AIMessage:
+        """A question about a document; the suite checks the details, we which of them it is."""
+        block = {"type": "text-plain", "mime_type": "text/plain", "text": DOCUMENT}
+        message = HumanMessage([block | {"id": "standard"}, "When was it lit?"])
+        model = ChatA3(engine=self.engine, max_tokens=4)
+        if stream:
+            answer = AIMessageChunk("")
+            for chunk in model.stream([message]):
+                answer += chunk
+        else:
+            answer = model.invoke([message])
+        details = answer.usage_metadata["input_token_details"]
+        if created is not None:
+            assert (details["cache_creation"] > 0) == created
+            assert details["cache_read"] > 0 or created
+        return answer
