@@ -30,6 +30,13 @@ class TestUnit(ChatModelUnitTests):
     def supports_model_override(self) -> bool:
         return False  # a chat model stands for one set of weights
 
+    @pytest.mark.xfail(
+        reason="langchain-core's allowed_objects='all' admits only classes of its own list; "
+        "test_chat_model.py does the round trip with allowed_objects=[ChatA3]"
+    )
+    def test_serdes(self, model, snapshot) -> None:
+        super().test_serdes(model, snapshot)
+
 
 @pytest.mark.real_model
 class TestIntegration(ChatModelIntegrationTests):
