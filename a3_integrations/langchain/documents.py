@@ -86,16 +86,8 @@ def from_blocks(blocks: Iterable[str | dict[str, Any]]) -> list[Part]:
         begins_open = not (isinstance(part, str) and part[0].isspace())
         if (apart or alone) and ends_open and begins_open:
             parts.append("\n\n")
-        if isinstance(part, Chunk):
-            # White space around a chunk is no part of it, as it is for the engine.
-            text = part.text.strip()
-            start = part.text.find(text)
-            lead, tail = part.text[:start], part.text[start + len(text) :]
-            parts += [lead, Chunk(text, part.tag), tail]
-        else:
-            parts.append(part)
+        parts.append(part)
         apart = alone
-        parts = [kept for kept in parts if kept != ""]
     return joined(parts)
 
 
@@ -108,8 +100,8 @@ def _part(block: str | dict[str, Any]) -> tuple[Part, bool]:
         return block["text"], False
     if kind == "text-plain" and "text" in block:
         verbatim = (block.get("extras") or {}).get("verbatim", False)
-        chunk = Chunk(block["text"], block.get("id"))
-        return (chunk if block["text"].strip() else block["text"]), not verbatim
+        text = block["text"].strip()
+        return (Chunk(text, block.get("id")) if text else ""), not verbatim
     if kind in SILENT:
         return "", False
     raise ValueError(

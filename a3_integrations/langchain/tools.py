@@ -91,8 +91,8 @@ def _call_chunk(call: ToolCall) -> ToolCallChunk:
 
 
 def _malformed_chunk(malformed: Malformed) -> ToolCallChunk:
-    """LangChain makes it an `invalid_tool_call`, since its arguments are no JSON object."""
-    return tool_call_chunk(name=None, args=malformed.text or "-", id=_new_id())
+    """LangChain makes it an `invalid_tool_call`, since a JSON string is no object of arguments."""
+    return tool_call_chunk(name=None, args=json.dumps(malformed.text), id=_new_id())
 
 
 def _new_id() -> str:

@@ -184,7 +184,8 @@ def test_nothing_is_loaded_by_construction_and_equal_settings_share_an_engine():
     assert llm.engine is A3LLM(model="no/such-model").engine
     assert llm.engine is not ChatA3(model="no/such-model", dtype="float16").engine
     configured = llm.configurable_fields(temperature=ConfigurableField(id="t"))
-    assert configured.with_config(configurable={"t": 0.1}).bound.default.engine is llm.engine
+    cooler, _ = configured.prepare({"configurable": {"t": 0.1}})
+    assert (cooler.temperature, cooler.engine) == (0.1, llm.engine)
 
 
 @pytest.mark.parametrize("cls", [ChatA3, A3LLM])

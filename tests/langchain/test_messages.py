@@ -75,7 +75,7 @@ def test_documents_in_blocks_stand_by_themselves():
         {"type": "text", "text": "Why?"},
     ]
     parts = from_blocks(blocks)
-    assert parts == ["Read:\n\n", Chunk(LAMP, "1"), "\n\n\n", Chunk(SHORE), " \n\nWhy?"]
+    assert parts == ["Read:\n\n", Chunk(LAMP, "1"), "\n\n", Chunk(SHORE), "\n\nWhy?"]
 
 
 @pytest.mark.parametrize(
