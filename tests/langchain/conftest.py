@@ -12,7 +12,7 @@ from a3_engine import A3Engine
 from a3_engine.evaluation.datasets import articles, sample_examples
 from a3_integrations.langchain import ChatA3
 
-N_RETRIEVED = 4
+N_RETRIEVED = 3
 
 
 class Answers(BaseCallbackHandler):
@@ -34,8 +34,8 @@ def llm(demo_engine: A3Engine) -> ChatA3:
 def documents() -> list[Document]:
     texts = [p for title, texts in articles(sample_examples()) for p in texts if title == "Rhine"]
     return [
-        Document(page_content=text[:500], metadata={"source": "Rhine", "number": number})
-        for number, text in enumerate(texts[:6])
+        Document(page_content=text[:400], metadata={"source": "Rhine", "number": number})
+        for number, text in enumerate(texts[:4])
     ]
 
 

@@ -69,7 +69,7 @@ def search_first(request, handler):
 
 @pytest.mark.parametrize("response_format", ["content", "content_and_artifact"])
 def test_agent_with_a_retriever_tool(llm, retriever, documents, response_format):
-    llm = llm.model_copy(update={"max_tokens": 40})
+    llm = llm.model_copy(update={"max_tokens": 32})
     llm.engine.evict("Rhine")
     if response_format == "content":  # nothing but a string arrives: its texts have to be known
         llm.precompute(documents, progress=False)
