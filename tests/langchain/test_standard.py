@@ -60,9 +60,13 @@ BOTH_VERSIONS = pytest.mark.parametrize("model", [{}, {"output_version": "v1"}],
 class TestIntegration(ChatModelIntegrationTests):
     engine: A3Engine
 
-    @pytest.fixture(autouse=True, scope="class")
-    def _the_engine(self, request, demo_engine) -> None:
+    penalty: float
+
+    @pytest.fixture(autouse=True)
+    def _settings(self, request, demo_engine) -> None:
         request.cls.engine = demo_engine
+        # Without a penalty this model repeats itself in free strings until it is cut off.
+        request.cls.penalty = 1.2 if "structured_output" in request.node.name else 1.0
 
     @property
     def chat_model_class(self) -> type[ChatA3]:
@@ -70,8 +74,11 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict:
-        # Without a penalty this model repeats itself until an answer is cut off.
-        return {"engine": self.engine, "max_tokens": 64, "repetition_penalty": 1.2}
+        return {
+            "engine": self.engine,
+            "max_tokens": 96,
+            "repetition_penalty": self.penalty,
+        }
 
     @property
     def supports_json_mode(self) -> bool:
