@@ -144,19 +144,19 @@ def test_output_that_is_cut_off_is_an_error_or_told_with_the_raw_answer(llm, met
 
 @pytest.mark.real_model
 def test_a_forced_call_streams_as_it_is_invoked(llm):
-    llm = llm.model_copy(update={"max_tokens": 60})
+    llm = llm.model_copy(update={"max_tokens": 40})
 
-    def ring_bell(times: int) -> str:
+    def ring_bell(loud: bool) -> str:
         """Ring the bell."""
         return "ding"
 
     bound = llm.bind_tools([ring_bell], tool_choice="ring_bell")
-    whole, streamed = bound.invoke("Ring it twice."), None
-    for chunk in bound.stream("Ring it twice."):
+    whole, streamed = bound.invoke("Ring it loudly."), None
+    for chunk in bound.stream("Ring it loudly."):
         streamed = chunk if streamed is None else streamed + chunk
     (call,) = whole.tool_calls
     assert call["name"] == "ring_bell"
-    assert isinstance(call["args"]["times"], int)
+    assert isinstance(call["args"]["loud"], bool)
     assert [c["args"] for c in streamed.tool_calls] == [call["args"]]
     assert (whole.content, streamed.content) == ("", "")
     assert whole.response_metadata["finish_reason"] == "tool_calls"
