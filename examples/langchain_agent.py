@@ -11,7 +11,8 @@ from wordllama_langchain import WordLlamaEmbeddings
 from a3_engine.evaluation.datasets import articles, sample_examples
 from a3_integrations.langchain import ChatA3
 
-llm = ChatA3(model="smollm2-135m-instruct", max_tokens=64)
+# Without the penalty this very small model repeats itself until its search is cut off.
+llm = ChatA3(model="smollm2-135m-instruct", max_tokens=64, repetition_penalty=1.2)
 store = InMemoryVectorStore(WordLlamaEmbeddings())
 store.add_documents(
     [
