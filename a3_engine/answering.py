@@ -104,9 +104,7 @@ def assemble(
             prompt.layout(prefix_ids, reused),
             selector,
             prompt.ids,
-            local_queries=partial(
-                _local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv)
-            ),
+            local_queries=local,
             room=room,
             abandoned=abandoned,
             observer=compressor.observe if compressor else None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,36 +21,25 @@ from transformers import PreTrainedTokenizerBase
 
 from a3_engine.chunks.catalogue import Match
 from a3_engine.fusion.layout import Layout, Span
+from a3_engine.messages import Chunk, Message
+from a3_engine.tools import Tool, spelled_out
+
+__all__ = ["Chunk", "Message", "Prompt", "PromptPlanner", "Segment"]
 
 PLACEHOLDER = "a3placeholder{}end"
+PROBE: Tool = {
+    "type": "function",
+    "function": {
+        "name": "a3probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 Kind = Literal["prefix", "chunk", "fresh"]
+Piece = str | tuple[int, list[str | Chunk]]
 
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a document whose KV is kept. ``tag`` groups chunks for eviction."""
-
-    text: str
-    tag: str | None = None
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. ``content`` is text, or text and chunks in the order in which they stand."""
-
-    role: str
-    content: str | Sequence[str | Chunk]
-
-    @property
-    def parts(self) -> list[str | Chunk]:
-        return [self.content] if isinstance(self.content, str) else list(self.content) or [""]
-
-    @property
-    def text(self) -> str:
-        return "".join(part.text if isinstance(part, Chunk) else part for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -149,19 +138,26 @@ class PromptPlanner:
         self.find = find
         self._lock = _lock_of(tokenizer)
         self._bos = self._leading_ids()
-        self._trims = False
+        self._trims = self._knows_tools = False
         if tokenizer.chat_template:
             probe = f" {PLACEHOLDER.format(0)} "
-            self._trims = probe not in self._render([{"role": "user", "content": probe}])
+            turn = [{"role": "user", "content": probe}]
+            self._trims = probe not in self._render(turn)
+            self._knows_tools = PROBE["function"]["name"] in self._render(turn, [PROBE])
         self.prefix_ids = self._prefix(encode_prefix)
 
-    def plan(self, messages: Sequence[Message], *, match: bool = True) -> Prompt:
+    def plan(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), match: bool = True
+    ) -> Prompt:
         """Segments of a conversation, ready for an answer.
 
         Parameters
         ----------
         messages : sequence of Message
             In order. An assistant message at the end is continued.
+        tools : sequence of dict
+            Functions that the model may call, as OpenAI's schemas; shown by the chat template, or
+            spelled out where it has no place for them.
         match : bool
             Also look for stored chunks inside plain text.
 
@@ -172,7 +168,7 @@ class PromptPlanner:
         """
         if not messages or not any(message.text.strip() for message in messages):
             raise ValueError("The prompt is empty: give at least one message with text.")
-        pieces = self._pieces(list(messages))
+        messages, pieces = self._with_tools(list(messages), tools)
         last_user = max(
             (i for i, message in enumerate(messages) if message.role == "user"),
             default=len(messages) - 1,
@@ -254,34 +250,61 @@ class PromptPlanner:
         head = self._pieces([Message("user", "x")])[0]
         return self._with_bos(self.tokenize_template(head) if isinstance(head, str) else ())
 
-    def _render(self, conversation: list[dict[str, str]]) -> str:
+    def _render(self, conversation: list[dict[str, Any]], tools: Sequence[Tool] = ()) -> str:
+        continued = conversation[-1]["role"] == "assistant"
         rendered = self.tokenizer.apply_chat_template(
             conversation,
+            tools=list(tools) or None,
             tokenize=False,
-            add_generation_prompt=conversation[-1]["role"] != "assistant",
-            continue_final_message=conversation[-1]["role"] == "assistant",
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
         )
         assert isinstance(rendered, str)
         return rendered
 
-    def _pieces(self, messages: list[Message]) -> list[str | tuple[int, list[str | Chunk]]]:
+    def _with_tools(
+        self, messages: list[Message], tools: Sequence[Tool]
+    ) -> tuple[list[Message], list[Piece]]:
+        """Pieces of the conversation as the template shows tools, else of it spelled out."""
+        if not tools and not any(m.tool_calls or m.role == "tool" for m in messages):
+            return messages, self._pieces(messages)
+        if self._knows_tools:
+            try:
+                return messages, self._pieces(messages, tools)
+            except ValueError:
+                pass  # some templates know tools and refuse, say, the form of a call's id
+        messages = spelled_out(messages, tools)
+        return messages, self._pieces(messages)
+
+    def _pieces(self, messages: list[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
         """Template text, and contents with the index of their message, in the order they stand."""
         if not self.tokenizer.chat_template:
-            plain: list[str | tuple[int, list[str | Chunk]]] = []
+            plain: list[Piece] = []
             for index, message in enumerate(messages):
                 plain += ["\n\n"] * (index > 0) + [(index, message.parts)]
             return plain
-        marks = [PLACEHOLDER.format(index) for index in range(len(messages))]
-        conversation = [
-            {"role": message.role, "content": mark}
-            for message, mark in zip(messages, marks, strict=True)
-        ]
+        conversation = []
+        for index, message in enumerate(messages):
+            silent = message.tool_calls and not message.text
+            mark = "" if silent else PLACEHOLDER.format(index)
+            conversation.append(message.in_template(mark))
         try:
-            text = self._render(conversation)
-        except TemplateError as error:
-            text = self._render(_for_strict_templates(conversation, error))
-        pieces: list[str | tuple[int, list[str | Chunk]]] = []
-        for index, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+            return self._cut(messages, self._render(conversation, tools))
+        except (TemplateError, ValueError) as error:
+            if tools or any(message.tool_calls for message in messages):
+                raise ValueError(f"The chat template refuses these tools: {error}") from error
+            strict = _for_strict_templates(conversation)
+            if strict == conversation:
+                raise ValueError(f"The chat template refuses this conversation: {error}") from error
+            return self._cut(messages, self._render(strict))
+
+    def _cut(self, messages: list[Message], text: str) -> list[Piece]:
+        """Cut a rendered conversation at the marks that stand for its contents."""
+        pieces: list[Piece] = []
+        for index, message in enumerate(messages):
+            mark = PLACEHOLDER.format(index)
+            if message.tool_calls and mark not in text:
+                continue  # nothing to show, or a template that shows a turn's calls only
             before, found, text = text.partition(mark)
             if not found or mark in text:
                 raise ValueError(
@@ -347,19 +370,15 @@ def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
         return _locks.setdefault(tokenizer, threading.Lock())
 
 
-def _for_strict_templates(
-    conversation: list[dict[str, str]], error: TemplateError
-) -> list[dict[str, str]]:
+def _for_strict_templates(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same texts in the same order for templates without a system role or with strict turns."""
-    merged: list[dict[str, str]] = []
+    merged: list[dict[str, Any]] = []
     for turn in conversation:
         role = "assistant" if turn["role"] == "assistant" else "user"
         if merged and merged[-1]["role"] == role:
             merged[-1]["content"] += "\n\n" + turn["content"]
         else:
             merged.append({"role": role, "content": turn["content"]})
-    if merged == conversation:
-        raise ValueError(f"The chat template refuses this conversation: {error}") from error
     return merged
 
 

@@ -16,7 +16,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache
 
+from a3_engine.decoding.grammar import FollowGrammar
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
 
@@ -37,6 +39,8 @@ class Sampling:
         1.0 is off.
     stop : tuple of str
         The answer ends before the first of these.
+    grammar : str or None
+        What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
     """
 
     max_new_tokens: int = 256
@@ -45,6 +49,7 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -121,7 +126,7 @@ def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
-    cache: FusedCache | None,
+    cache: Cache | None,
     sampling: Sampling,
     emitter: TextEmitter,
     abandoned: Callable[[], bool],
@@ -143,9 +148,12 @@ def decode(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    extra = {} if cache is None else {"past_key_values": cache}
+    ends = eos if isinstance(eos, list) else [eos]
+    extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if sampling.grammar is not None:
+        extra["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
     compress = None
-    if cache is not None and cache.compressor is not None:
+    if isinstance(cache, FusedCache) and cache.compressor is not None:
         compress = partial(cache.compressor.compress, model, cache)
     with _without_own_defaults(model):
         output = model.generate(
@@ -158,6 +166,5 @@ def decode(
     emitter.end()
     if abandoned():
         return "abandoned"
-    ends = eos if isinstance(eos, list) else [eos]
     ended = emitter.stopped or int(output[0, -1]) in ends
     return "stop" if ended else "length"

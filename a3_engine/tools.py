@@ -1,0 +1,205 @@
+"""Tools, for chat templates that know of them and for those that do not, and calls in answers.
+
+Tools are given as OpenAI's function schemas, which is what chat templates take. Where a template
+has no place for them they are spelled out in the notation of the Hermes models (NousResearch
+Hermes-Function-Calling), which Qwen and SmolLM were trained on too: schemas in the system message,
+calls between ``<tool_call>`` tags, results between ``<tool_response>`` tags.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from a3_engine.messages import Chunk, Message, ToolCall
+
+Tool = dict[str, Any]
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+INSTRUCTIONS = """\
+You can call functions. These are their JSON schemas:
+<tools>
+{tools}
+</tools>
+To call one, answer with its name and arguments as JSON, between tags:
+<tool_call>
+{{"name": "the function's name", "arguments": {{"the argument's name": "its value"}}}}
+</tool_call>"""
+
+
+def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """The same conversation in turns of plain text; results keep their role."""
+    plain: list[Message] = []
+    responses = False
+    for message in messages:
+        if message.role == "tool":
+            response: list[str | Chunk] = [
+                "<tool_response>\n",
+                *message.parts,
+                "\n</tool_response>",
+            ]
+            if responses:
+                response = [*plain.pop().parts, "\n", *response]
+            plain.append(Message("tool", _joined(response)))
+        elif message.tool_calls:
+            calls = "\n".join(map(_spelled, message.tool_calls))
+            between = ["\n"] if message.text else []
+            plain.append(Message(message.role, _joined([*message.parts, *between, calls])))
+        else:
+            plain.append(message)
+        responses = message.role == "tool"
+    if tools:
+        text = INSTRUCTIONS.format(tools="\n".join(json.dumps(tool) for tool in tools))
+        if plain and plain[0].role == "system":
+            plain[0] = replace(plain[0], content=_joined([*plain[0].parts, "\n\n", text]))
+        else:
+            plain.insert(0, Message("system", text))
+    return plain
+
+
+def call_grammar(tools: Sequence[Tool]) -> str:
+    """A grammar of exactly one call of one of the tools, with arguments that fit its schema."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "arguments": {"type": "object", "properties": {}}
+                | tool["function"].get("parameters", {}),
+            },
+            "required": ["name", "arguments"],
+        }
+        for tool in tools
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {_compiled(schema)}'
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """A grammar of JSON that fits a schema."""
+    return f"start: %json {_compiled(schema)}"
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """What stood where a call belongs, and why it is none."""
+
+    text: str
+    error: str
+
+
+class CallReader:
+    """Tells text from calls while an answer is streamed.
+
+    It knows calls between tags (Hermes, Qwen, SmolLM) and an answer that is nothing but calls in
+    JSON (Llama, Mistral). What may become a call is held back until it is certain.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The tools' names. JSON without tags that names none of them is text.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._text = ""
+        self._shown = 0
+
+    def put(self, piece: str) -> str:
+        """Take a piece of the answer; returns the text that is certain now."""
+        self._text += piece
+        if self._text.lstrip()[:1] in ("", "{", "["):
+            return ""
+        certain = self._text.find(OPEN)
+        if certain < 0:
+            certain = len(self._text) - _overlap(self._text, OPEN)
+        return self._show(certain)
+
+    def end(self) -> tuple[str, list[ToolCall], list[Malformed]]:
+        """What is left of the text, the calls, and what only looks like calls."""
+        start = self._text.find(OPEN)
+        if start >= 0:
+            calls, bad = _tagged(self._text[start:])
+            return self._show(start), calls, bad
+        bare = _bare(self._text)
+        if bare and all(call.name in self._names for call in bare):
+            return "", bare, []
+        return self._show(len(self._text)), [], []
+
+    def _show(self, until: int) -> str:
+        text = self._text[self._shown : until]
+        self._shown = max(self._shown, until)
+        return text
+
+
+def _spelled(call: ToolCall) -> str:
+    body = json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+    return f"{OPEN}\n{body}\n{CLOSE}"
+
+
+def _joined(parts: Iterable[str | Chunk]) -> list[str | Chunk]:
+    """Neighbouring texts as one: they are tokenized as they would be in one string."""
+    joined: list[str | Chunk] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def _compiled(schema: dict[str, Any]) -> str:
+    """A schema for the grammar: no properties but those named, and no loose white space."""
+    return json.dumps({"x-guidance": {"whitespace_flexible": False}} | _closed(schema))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of the text that the mark could begin with."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def _tagged(text: str) -> tuple[list[ToolCall], list[Malformed]]:
+    calls: list[ToolCall] = []
+    bad: list[Malformed] = []
+    for body in re.findall(f"{OPEN}(.*?)(?:{CLOSE}|(?={OPEN})|$)", text, flags=re.DOTALL):
+        try:
+            calls += _calls(json.loads(body))
+        except ValueError as error:
+            bad.append(Malformed(body.strip(), f"Not a tool call: {error}"))
+    return calls, bad
+
+
+def _bare(text: str) -> list[ToolCall]:
+    try:
+        return _calls(json.loads(text))
+    except ValueError:
+        return []
+
+
+def _calls(value: Any) -> list[ToolCall]:
+    """Calls from parsed JSON: an object or a list of them; Llama says parameters for arguments."""
+    calls = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+            raise ValueError("it names no function")
+        arguments = item.get("arguments", item.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError("its arguments are no JSON object")
+        calls.append(ToolCall(item["name"], arguments))
+    return calls

@@ -1,0 +1,113 @@
+"""The engine as a LangChain text-completion model, for chains that are built around one.
+
+The prompt is taken as it stands: no chat template is put around it. Use `ChatA3` for models that
+were trained on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LangSmithParams
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables.config import run_in_executor
+
+from a3_engine import FusionReport
+from a3_integrations.langchain.settings import A3Settings, about, usage
+
+
+class A3LLM(A3Settings, BaseLLM):
+    """A local model that completes text from cached chunks, found in it by their exact text.
+
+    Examples
+    --------
+    >>> llm = A3LLM(model="smollm2-135m-instruct", max_tokens=64)
+    >>> chain = PromptTemplate.from_template("{context}\\n\\nQ: {question}\\nA:") | llm
+    """
+
+    @property
+    def _llm_type(self) -> str:
+        return "a3"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        return params | LangSmithParams(ls_provider="a3", ls_model_name=self.model)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        request = self.engine.runtime.planner.plan_raw(prompt)
+        with self.engine.stream(request, **self._options(stop, kwargs)) as stream:
+            for piece in stream:
+                chunk = GenerationChunk(text=piece)
+                if run_manager:
+                    run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+        yield _last_chunk(stream.report)
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        request = await run_in_executor(None, lambda: self.engine.runtime.planner.plan_raw(prompt))
+        stream = await self.engine.astream(request, **self._options(stop, kwargs))
+        try:
+            async for piece in stream:
+                chunk = GenerationChunk(text=piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+        finally:
+            stream.close()
+        yield _last_chunk(stream.report)
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return _result([list(self._stream(prompt, stop, **kwargs)) for prompt in prompts])
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return _result(
+            [[chunk async for chunk in self._astream(prompt, stop, **kwargs)] for prompt in prompts]
+        )
+
+
+def _last_chunk(report: FusionReport | None) -> GenerationChunk:
+    assert report is not None
+    return GenerationChunk(
+        text="", generation_info=about(report) | {"usage_metadata": usage(report)}
+    )
+
+
+def _result(answers: list[list[GenerationChunk]]) -> LLMResult:
+    return LLMResult(
+        generations=[
+            [
+                Generation(
+                    text="".join(chunk.text for chunk in chunks),
+                    generation_info=chunks[-1].generation_info,
+                )
+            ]
+            for chunks in answers
+        ]
+    )

@@ -1,0 +1,229 @@
+"""The settings that ChatA3 and A3LLM share, and the engine that they make."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakValueDictionary
+
+from langchain_core.documents import Document
+from langchain_core.runnables.config import run_in_executor
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from a3_engine import A3Engine, FusionReport, Precomputed, __version__
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
+from a3_engine.fusion.selectors import make_selector
+from a3_engine.model.gguf import DEMO_MODEL
+from a3_integrations.langchain.documents import chunk_of
+
+# What decides about model and store; the other settings are the request's.
+OF_ENGINE = (
+    "model",
+    "cache_dir",
+    "device",
+    "dtype",
+    "trust_remote_code",
+    "encode_prefix",
+    "size_limit",
+)
+PER_CALL = (
+    "selector",
+    "ratio",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "stop",
+)
+ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
+# Settings of hosted models that chains and tests pass to any model; they say nothing here.
+HOSTED = {"api_key", "base_url", "max_retries", "timeout", "stream_usage"}
+
+_engines: WeakValueDictionary[tuple[Any, ...], A3Engine] = WeakValueDictionary()
+_engines_lock = threading.Lock()
+
+
+class A3Settings(BaseModel):
+    """Settings of a local model that answers from cached chunks.
+
+    Objects with the same settings of model and store share one engine, so that the weights are in
+    memory once. A ready engine is taken too: ``ChatA3(engine=engine)``. It then decides about model
+    and store, and settings that say otherwise are an error.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str = Field(
+        default=DEMO_MODEL, description="Hub id, local folder, GGUF file, or the demo model's name."
+    )
+    cache_dir: str | None = Field(
+        default=None,
+        description="Folder for chunks and unpacked models; the user's cache folder where None.",
+    )
+    device: str | None = Field(default=None, description="CUDA or MPS where there is one, if None.")
+    dtype: str | None = Field(default=None, description="bfloat16, float16 or float32.")
+    trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
+    encode_prefix: str = Field(
+        default="template",
+        description="What chunks are computed behind: template, bos, none, or a text.",
+    )
+    size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
+    ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
+    max_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int | None = Field(default=None, gt=0, description="Sample among so many tokens.")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="1.0 is off.")
+    stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
+    engine: A3Engine = Field(
+        default=None,  # type: ignore[assignment]
+        exclude=True,
+        repr=False,
+        description="The engine; made where not given.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a3_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {ALIASES.get(name, name): value for name, value in values.items()}
+        if unknown := set(values) - set(cls.model_fields) - HOSTED:
+            raise ValueError(
+                f"{cls.__name__} has no setting {', '.join(sorted(unknown))}; "
+                f"it has {', '.join(sorted((*OF_ENGINE, *PER_CALL, 'engine')))}."
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _a3_engine(self) -> Any:
+        if self.selector is not None:
+            make_selector(self.selector, self.ratio)  # an unknown one fails here
+        given = self.engine
+        if given is None or given is _engines.get(self._recipe()):
+            self.engine = self._shared()
+            return self
+        fields = type(self).model_fields
+        own = {"model": given.name, "cache_dir": str(given.cache_dir)}
+        contradicting = [
+            name
+            for name in OF_ENGINE
+            if getattr(self, name) not in (fields[name].default, own.get(name))
+        ]
+        if contradicting:
+            raise ValueError(
+                f"engine= decides about model and store already: leave out "
+                f"{', '.join(contradicting)}, or give them to A3Engine.from_pretrained."
+            )
+        self.model = given.name
+        return self
+
+    @model_validator(mode="after")
+    def _a3_version(self) -> Any:
+        self._add_version("a3-integrations", __version__)  # type: ignore[attr-defined]
+        return self
+
+    def precompute(self, documents: Iterable[Document], *, progress: bool = True) -> Precomputed:
+        """Compute and store the KV of each document's ``page_content``, where it is not yet stored.
+
+        A chunk is tagged with the document's id, or else with ``metadata["source"]``:
+        ``llm.engine.evict(tag)`` removes it.
+
+        Raises
+        ------
+        ContextOverflowError
+            A document does not fit into the context window; split it. Nothing was computed.
+        """
+        return self.engine.precompute([chunk_of(d) for d in documents], progress=progress)
+
+    async def aprecompute(
+        self, documents: Iterable[Document], *, progress: bool = True
+    ) -> Precomputed:
+        """:meth:`precompute` for an event loop."""
+        return await run_in_executor(None, self.precompute, documents, progress=progress)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Ids by the model's own tokenizer; control tokens are only characters."""
+        return list(self.engine.runtime.planner.tokenize_text(text))
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return True
+
+    def to_json(self) -> Any:
+        if self.engine is _engines.get(self._recipe()):
+            return super().to_json()  # type: ignore[misc]
+        return self.to_json_not_implemented()  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Settings travel; an engine made from them is made, or found, anew."""
+        state = super().__getstate__()
+        if self.engine is _engines.get(self._recipe()):
+            state["__dict__"] = state["__dict__"] | {"engine": None}
+        return state
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        if self.engine is None:
+            self.engine = self._shared()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Any:
+        """A copy that shares the engine."""
+        return super().__deepcopy__((memo or {}) | {id(self.engine): self.engine})
+
+    def _recipe(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in OF_ENGINE)
+
+    def _shared(self) -> A3Engine:
+        """The engine for these settings; one for all objects that have the same."""
+        with _engines_lock:
+            engine = _engines.get(self._recipe())
+            if engine is None:
+                settings = {name: getattr(self, name) for name in OF_ENGINE}
+                engine = A3Engine.from_pretrained(settings.pop("model"), **settings)
+                _engines[self._recipe()] = engine
+            return engine
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*OF_ENGINE, *PER_CALL)}
+
+    def _options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Settings of one request, in the engine's words."""
+        given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+        if unknown := set(given) - set(PER_CALL):
+            raise TypeError(
+                f"{type(self).__name__} takes no {', '.join(sorted(unknown))} for a call; "
+                f"it takes {', '.join(PER_CALL)}."
+            )
+        options = {name: getattr(self, name) for name in PER_CALL} | given
+        options["max_new_tokens"] = options.pop("max_tokens")
+        ends = stop if stop is not None else options["stop"]
+        options["stop"] = (ends,) if isinstance(ends, str) else tuple(ends or ())
+        return options
+
+
+def usage(report: FusionReport) -> dict[str, Any]:
+    """Token counts as LangChain's ``UsageMetadata``; the details are parts of the input."""
+    return {
+        "input_tokens": report.prompt_tokens,
+        "output_tokens": report.generated_tokens,
+        "total_tokens": report.prompt_tokens + report.generated_tokens,
+        "input_token_details": {
+            "cache_read": report.cached_tokens,
+            "cache_creation": report.created_tokens,
+        },
+    }
+
+
+def about(report: FusionReport) -> dict[str, Any]:
+    """What a response says of the model and of the fusion."""
+    return {
+        "model_name": report.model,
+        "model_provider": "a3",
+        "finish_reason": report.finish_reason,
+        "a3": report.to_dict(),
+    }
