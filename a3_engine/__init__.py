@@ -2,8 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from a3_engine.chunks.store import StoreOptions
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream
-from a3_engine.engine import A3Engine, Precomputed
+from a3_engine.engine import A3Engine
 from a3_engine.errors import (
     A3Error,
     ContextOverflowError,
@@ -12,7 +13,7 @@ from a3_engine.errors import (
     UnsupportedModelError,
 )
 from a3_engine.prompt import Chunk, Message, Prompt
-from a3_engine.report import FusionReport
+from a3_engine.report import FusionReport, Precomputed
 
 try:
     __version__ = version("a3-integrations")
@@ -32,6 +33,7 @@ __all__ = [
     "Precomputed",
     "Prompt",
     "StoreError",
+    "StoreOptions",
     "TokenStream",
     "UnsupportedModelError",
     "__version__",

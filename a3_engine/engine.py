@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.answering import answer, assemble
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
+from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
 from a3_engine.decoding.generate import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
 from a3_engine.errors import ContextOverflowError
@@ -28,21 +28,13 @@ from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.model.loading import default_cache_dir, load_model
 from a3_engine.prompt import Chunk, Message, Prompt, Segment
-from a3_engine.report import FusionReport
+from a3_engine.report import FusionReport, Precomputed
 from a3_engine.runtime import Runtime, start
 
 logger = logging.getLogger(__name__)
 
 Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 Request = str | Sequence[Message] | Prompt
-
-
-@dataclass(frozen=True)
-class Precomputed:
-    """What ingestion did, in chunks: computed now, or stored before; the empty ones are neither."""
-
-    computed: int
-    present: int
 
 
 class A3Engine:
@@ -68,6 +60,10 @@ class A3Engine:
         :class:`~a3_engine.prompt.PromptPlanner`.
     size_limit : int
         Bytes that the chunk store may take.
+    codec : str
+        How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
+    store : str, StoreOptions or None
+        URL of a store shared with other machines, or all that can be around the local folder.
     """
 
     def __init__(
@@ -80,13 +76,19 @@ class A3Engine:
         ratio: float | None = None,
         encode_prefix: str = "template",
         size_limit: int = DEFAULT_SIZE_LIMIT,
+        codec: str = DEFAULT_CODEC,
+        store: str | StoreOptions | None = None,
     ) -> None:
         self.name = name
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.selector = make_selector(selector, ratio)
         self._load = load
-        self._encode_prefix = encode_prefix
-        self._size_limit = size_limit
+        self._settings: dict[str, Any] = {
+            "encode_prefix": encode_prefix,
+            "size_limit": size_limit,
+            "codec": get_codec(codec).name,
+            "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
+        }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
         self._starting = threading.Lock()
@@ -114,7 +116,7 @@ class A3Engine:
         cache_dir, device, dtype, trust_remote_code
             See :func:`~a3_engine.model.loading.load_model`.
         **options
-            ``selector``, ``ratio``, ``encode_prefix``, ``size_limit``; see :class:`A3Engine`.
+            Settings of :class:`A3Engine`, such as ``selector``, ``ratio``, ``codec``, ``store``.
 
         Raises
         ------
@@ -158,12 +160,7 @@ class A3Engine:
             if self._runtime is None:
                 model, tokenizer = self._load()
                 self._runtime = start(
-                    self.name,
-                    model,
-                    tokenizer,
-                    cache_dir=self.cache_dir,
-                    encode_prefix=self._encode_prefix,
-                    size_limit=self._size_limit,
+                    self.name, model, tokenizer, cache_dir=self.cache_dir, **self._settings
                 )
             return self._runtime
 

@@ -1,9 +1,17 @@
-"""What happened in one request."""
+"""What happened in one request, or in ingestion."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What ingestion did, in chunks: computed now, or stored before; the empty ones are neither."""
+
+    computed: int
+    present: int
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.store import DiskStore
+from a3_engine.chunks.store import ChunkStore, StoreOptions
+from a3_engine.chunks.tiers import open_store
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
 
@@ -32,7 +33,7 @@ class Runtime:
     tokenizer: PreTrainedTokenizerBase
     planner: PromptPlanner
     support: Support
-    store: DiskStore
+    store: ChunkStore
     library: ChunkLibrary | None
     fingerprint: str
     computing: threading.Lock
@@ -52,6 +53,8 @@ def start(
     cache_dir: Path,
     encode_prefix: str,
     size_limit: int,
+    codec: str,
+    store: StoreOptions,
 ) -> Runtime:
     """Examine a model and open its store.
 
@@ -70,12 +73,12 @@ def start(
             name,
             model.config.get_text_config().model_type,
         )
-    store = DiskStore(cache_dir / "chunks", size_limit)
-    logger.info("Chunk store at %s, up to %.1f GiB.", store.directory, size_limit / 2**30)
+    chunks = open_store(cache_dir / "chunks", size_limit, store)
+    logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
     engine = digest(
         model_fingerprint(model),
         tokenizer_fingerprint(tokenizer),
-        "raw",
+        codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
     computing = threading.Lock()
@@ -84,10 +87,10 @@ def start(
         library = ChunkLibrary(
             model.get_decoder(),
             support.rotation,
-            store,
+            chunks,
             Catalogue(cache_dir / "texts.sqlite3", engine),
             engine=engine,
-            dtype=str(model.dtype),
+            codec=codec,
             prefix_ids=planner.prefix_ids,
             computing=computing,
         )
@@ -98,7 +101,7 @@ def start(
         tokenizer=tokenizer,
         planner=planner,
         support=support,
-        store=store,
+        store=chunks,
         library=library,
         fingerprint=digest(engine, planner.prefix_ids),
         computing=computing,

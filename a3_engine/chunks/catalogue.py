@@ -7,13 +7,20 @@ its possible lengths; a hash of the whole text decides. Only hashes and anchors 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from a3_engine.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 20.0
 ANCHOR = 32  # shorter texts are not matched: they would be found where nobody meant them
 
 SCHEMA = """
@@ -46,11 +53,19 @@ class Catalogue:
     """
 
     def __init__(self, path: Path, engine: str) -> None:
-        self._engine = engine
+        self._engine, self._path = engine, path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.executescript(SCHEMA)
+        try:
+            self._db = sqlite3.connect(
+                path, timeout=LOCK_TIMEOUT, check_same_thread=False, isolation_level=None
+            )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"The catalogue at {path} cannot be opened: {error}. Give a writable local folder "
+                "as cache_dir, or remove a damaged file."
+            ) from error
         self._seen = self._evictions = 0
         self._anchors: dict[str, dict[int, dict[str, str | None]]] = {}
 
@@ -61,7 +76,7 @@ class Catalogue:
             for text, tag in texts
             if len(text) >= ANCHOR
         ]
-        with self._lock, self._db:
+        with self._writing():
             self._db.executemany(
                 "INSERT INTO texts (engine, sha256, anchor, chars, tag) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL",
@@ -70,15 +85,17 @@ class Catalogue:
 
     def forget(self, tag: str) -> None:
         """Forget the texts with this tag."""
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._writing():
             self._db.execute("DELETE FROM texts WHERE tag = ?", (tag,))
             self._db.execute("INSERT INTO evictions DEFAULT VALUES")
 
     def find(self, text: str) -> list[Match]:
         """Known texts inside ``text``, leftmost first, the longest where several begin together."""
         with self._lock:
-            self._refresh()
+            try:
+                self._refresh()
+            except sqlite3.Error as error:  # what is known already still serves
+                logger.warning("The catalogue at %s cannot be read: %s.", self._path, error)
             anchors = self._anchors
             matches, at = [], 0
             while at + ANCHOR <= len(text):
@@ -90,6 +107,18 @@ class Catalogue:
                     matches.append(match)
                     at = match.stop
             return matches
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction; one that cannot be done raises `StoreError`."""
+        try:
+            with self._lock, self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"The catalogue at {self._path} cannot be written: {error}."
+            ) from error
 
     def close(self) -> None:
         with self._lock:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from a3_engine.chunks.codec import ChunkKV, Header
-from a3_engine.chunks.store import DiskStore
+from a3_engine.chunks.kv import ChunkKV
+from a3_engine.chunks.payload import Header, Payload
+from a3_engine.chunks.store import ChunkStore
+from a3_engine.chunks.tiers.disk import DiskStore
 
 
 def chunk(seed: int, n_tokens: int = 5, dtype: torch.dtype = torch.float32) -> ChunkKV:
@@ -17,17 +19,24 @@ def chunk(seed: int, n_tokens: int = 5, dtype: torch.dtype = torch.float32) -> C
     return ChunkKV(keys, values)
 
 
-def header(seed: int, n_tokens: int = 5, dtype: torch.dtype = torch.float32) -> Header:
-    return Header(f"{seed:064x}", "an engine", n_tokens, str(dtype))
+def header(
+    seed: int, n_tokens: int = 5, dtype: torch.dtype = torch.float32, codec: str = "raw"
+) -> Header:
+    return Header(f"{seed:064x}", "an engine", (3, 2, n_tokens, 8), str(dtype), codec)
 
 
-def holds(store: DiskStore, seed: int, n_tokens: int = 5) -> bool:
+def payload(seed: int, n_tokens: int = 5, codec: str = "raw") -> Payload:
+    return Payload.of(chunk(seed, n_tokens), header(seed, n_tokens, codec=codec))
+
+
+def holds(store: ChunkStore, seed: int, n_tokens: int = 5) -> bool:
     """Whether the store returns this chunk; anything else that it returns is an error."""
-    kv = store.get(header(seed, n_tokens))
-    if kv is not None:
-        assert torch.equal(kv.keys, chunk(seed, n_tokens).keys)
-        assert torch.equal(kv.values, chunk(seed, n_tokens).values)
-    return kv is not None
+    found = store.get(header(seed, n_tokens))
+    if found is not None:
+        kv, again = found.kv(), chunk(seed, n_tokens)
+        assert torch.equal(kv.keys, again.keys)
+        assert torch.equal(kv.values, again.values)
+    return found is not None
 
 
 def payloads(store: DiskStore) -> list[Path]:

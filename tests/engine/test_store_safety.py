@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from a3_engine import StoreError
-from a3_engine.chunks.store import DiskStore, SafeDisk
-from tests.engine.stored import chunk, header, holds, payloads
+from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.chunks.tiers.safe_disk import SafeDisk
+from tests.engine.stored import chunk, header, holds, payload, payloads
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def plant(store: DiskStore, key: object, raw: int, mode: int, filename: object, 
 @pytest.mark.parametrize("where", ["key", "value", "file", "raw value"])
 def test_nothing_is_ever_unpickled(store, tmp_path, where):
     """CVE-2025-69872: neither keys nor values, in the index or in files; the store goes on."""
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     trap, planted = tmp_path / "sprung", header(2).key
     evil = pickle.dumps(Evil(trap))
     if where == "key":
@@ -93,7 +94,7 @@ def test_nothing_is_ever_unpickled(store, tmp_path, where):
 def test_files_outside_are_neither_read_nor_removed(store, tmp_path, name, reach):
     secret = tmp_path / "secret"
     good = DiskStore(tmp_path / "other")
-    good.put(header(1), chunk(1))
+    good.put(payload(1))
     secret.write_bytes(payloads(good)[0].read_bytes())  # would be a hit if it were read
     good.close()
     filename = {"absolute": str(secret), "link": f"ab/cd/{'e' * 28}.val"}.get(name, name)
