@@ -14,7 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from a3_engine.errors import StoreError
 
@@ -31,6 +31,10 @@ CREATE TABLE IF NOT EXISTS texts (
 );
 CREATE TABLE IF NOT EXISTS evictions (id INTEGER PRIMARY KEY AUTOINCREMENT);
 """
+INSERT = (
+    "INSERT INTO texts (engine, sha256, anchor, chars, tag) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL"
+)
 
 
 class Match(NamedTuple):
@@ -77,17 +81,33 @@ class Catalogue:
             if len(text) >= ANCHOR
         ]
         with self._writing():
-            self._db.executemany(
-                "INSERT INTO texts (engine, sha256, anchor, chars, tag) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL",
-                rows,
-            )
+            self._db.executemany(INSERT, rows)
 
     def forget(self, tag: str) -> None:
         """Forget the texts with this tag."""
         with self._writing():
             self._db.execute("DELETE FROM texts WHERE tag = ?", (tag,))
             self._db.execute("INSERT INTO evictions DEFAULT VALUES")
+
+    def rows(self, tag: str | None = None) -> list[list[Any]]:
+        """Every engine's ``[engine, sha256, anchor, chars, tag]``, of one tag where given."""
+        query = "SELECT engine, sha256, anchor, chars, tag FROM texts WHERE ? IS NULL OR tag = ?"
+        with self._lock:
+            return [list(row) for row in self._db.execute(query, (tag, tag))]
+
+    def add_rows(self, rows: Iterable[Any]) -> None:
+        """Take over what `rows` gave elsewhere; what cannot be such a row is left out."""
+        kinds = (str, str, str, int, str | None)
+        sound = [
+            row
+            for row in rows
+            if isinstance(row, list)
+            and len(row) == len(kinds)
+            and all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True))
+            and len(row[2]) == ANCHOR <= row[3]
+        ]
+        with self._writing():
+            self._db.executemany(INSERT, sound)
 
     def find(self, text: str) -> list[Match]:
         """Known texts inside ``text``, leftmost first, the longest where several begin together."""

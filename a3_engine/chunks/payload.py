@@ -195,7 +195,7 @@ def join(header: Header, parts: list[bytes], secret: bytes | None) -> Payload:
     """A payload from its layer groups, in order. Raises as `open_file` does."""
     opened, start = [], 0
     for content in parts:
-        claimed = _claim(content)
+        claimed = claim(content)
         stop = start + claimed.shape[0]
         opened.append(open_bytes(content, header.part(start, stop), secret))
         start = stop
@@ -214,13 +214,13 @@ def read_header(path: Path) -> Header:
             raise DamagedPayload("it is not a plain file")
         with path.open("rb") as file:
             start = file.read(8)
-            return _claim(start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER)))
+            return claim(start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER)))
     except OSError as error:
         raise DamagedPayload(str(error)) from error
 
 
-def _claim(content: bytes) -> Header:
-    """What a document says of itself, unchecked."""
+def claim(content: bytes) -> Header:
+    """What a document says of itself, unchecked. Raises as `open_file` does."""
     length = int.from_bytes(content[:8], "little")
     if length > MAX_HEADER:
         raise DamagedPayload("its header is too long")

@@ -49,6 +49,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     run.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, fp8, int4")
     run.add_argument("--cache-dir", help="folder of the chunk store")
     run.add_argument("--output", type=Path, help="keep every row here, and resume from it")
     run.add_argument("--json", action="store_true", help="one JSON line a dataset and method")
@@ -62,6 +63,7 @@ def run_eval(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         cache_dir=options.cache_dir,
         encode_prefix=options.encode_prefix,
+        codec=options.codec,
     )
     selectors = _selectors(
         options.methods.split(","), [float(r) for r in options.ratios.split(",")]
