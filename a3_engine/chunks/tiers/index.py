@@ -22,7 +22,6 @@ from a3_engine.chunks.tiers.safe_disk import SafeDisk
 # A row that `put` can have written; the rest is not looked at, and `sweep_rows` removes it.
 OURS = f"raw = 1 AND typeof(key) = 'text' AND mode = {MODE_BINARY} AND value IS NULL"
 LATER = "max(:now, (SELECT coalesce(max(access_time), 0) + 1e-6 FROM Cache))"
-TOUCH_EVERY = 1.0  # seconds; an entry used more often than that is not marked each time
 
 
 class Row(NamedTuple):
@@ -50,13 +49,12 @@ class Index:
 
     def find(self, key: str) -> Any:
         """The name of an entry's file; None where there is no entry."""
-        query = f"SELECT filename, access_time FROM Cache WHERE key = ? AND {OURS}"
-        row = self._db.execute(query, (key,)).fetchone()
-        if row is None:
-            return None
-        if not isinstance(row[1], float) or not 0 <= time.time() - row[1] < TOUCH_EVERY:
+        last = "access_time IS (SELECT max(access_time) FROM Cache)"
+        query = f"SELECT filename, {last} FROM Cache WHERE key = ? AND {OURS}"
+        filename, is_last = self._db.execute(query, (key,)).fetchone() or (None, True)
+        if not is_last:
             self.touch(key)
-        return row[0]
+        return filename
 
     def touch(self, key: str) -> None:
         """Mark an entry as the last used, unless another process is writing just now."""

@@ -12,14 +12,7 @@ import pytest
 from a3_engine import StoreError
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.safe_disk import SafeDisk
-from tests.engine.stored import chunk, header, holds, payload, payloads
-
-
-@pytest.fixture
-def store(tmp_path: Path):
-    store = DiskStore(tmp_path / "chunks")
-    yield store
-    store.close()
+from tests.store.stored import chunk, header, holds, payload, payloads
 
 
 def test_only_the_owner_may_enter_the_folder(tmp_path):
