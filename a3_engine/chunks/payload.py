@@ -73,10 +73,16 @@ class Header:
         try:
             fields = json.loads(text)
             header = cls(**{**fields, "shape": tuple(fields["shape"])})
-            sound = header.to_json() == text and header.codec in CODECS and header.layout
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            sound = (
+                header.to_json() == text
+                and header.codec in CODECS
+                and len(header.shape) == 4
+                and all(type(size) is int and size > 0 for size in header.shape)
+                and isinstance(header.torch_dtype, torch.dtype)
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedPayload(f"its header cannot be read ({error})") from error
-        if not sound or len(header.shape) != 4 or min(header.shape) < 1:
+        if not sound:
             raise DamagedPayload("its header is of another format")
         return header
 

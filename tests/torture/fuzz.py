@@ -68,9 +68,7 @@ def _with_field(content: bytes, rng: random.Random) -> bytes:
         spot = fields[rng.choice(list(fields))]
         name = rng.choice(list(spot))
         odd = [*ODD, -1, None, "", "F8_E4M3", "BF16", "I64", [], {}, "x" * 100, True, 1e308]
-        spot[name] = rng.choice([odd, [[0, 2**62]], [[rng.choice(ODD)] * 4]])[rng.randrange(1)]
-        if rng.random() < 0.5:
-            spot[name] = rng.choice(odd)
+        spot[name] = rng.choice([*odd, [0, 2**62], [0, rng.choice(ODD)], [rng.choice(ODD)] * 4])
         text = json.dumps(fields).encode()
     except (ValueError, TypeError, AttributeError, LookupError):
         return content

@@ -1,7 +1,7 @@
 """Chunks in a local folder: diskcache's index, one safetensors file a chunk.
 
 A chunk is written as ``file, sync, row``, and removed as ``row, file``: a process may die anywhere
-in between and leaves at worst a file that no row names. Writers share a lock; who gets it alone
+in between and leaves at worst a file that no row names. Who changes anything shares a lock; who gets it alone
 knows that every such file is an orphan, and removes it.
 """
 
@@ -100,13 +100,13 @@ class DiskStore:
         with self._errors("A chunk cannot be written to"):
             self._reopen_if_replaced()
             try:
-                with self._writers.shared():
+                with self._changing():
                     self._cache.set(payload.header.key, content, tag=tag)
+                    self._index.touch(payload.header.key)
+                    self._index.make_room(self.size_limit)
             except (OSError, sqlite3.Error, diskcache.Timeout):
                 self._clean_up()
                 raise
-            self._index.touch(payload.header.key)
-            self._index.make_room(self.size_limit)
         return len(content)
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
@@ -119,21 +119,21 @@ class DiskStore:
                 self._index.retag(tags)
 
     def evict(self, tag: str) -> set[str]:
-        with self._errors("Chunks cannot be removed from"):
+        with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.remove("tag = ?", (tag,))
 
     def discard(self, keys: Iterable[str]) -> None:
-        with self._errors("Chunks cannot be removed from"):
+        with self._errors("Chunks cannot be removed from"), self._changing():
             self._index.remove_keys(keys)
 
     def shrink(self, nbytes: int) -> set[str]:
         """Remove the least recently used chunks until the store takes at most so many bytes."""
-        with self._errors("Chunks cannot be removed from"):
+        with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.make_room(nbytes)
 
     def evict_unused(self, before: float) -> set[str]:
         """Remove what was last used before a time, in seconds since the epoch."""
-        with self._errors("Chunks cannot be removed from"):
+        with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.remove("access_time < ?", (before,))
 
     def entries(self) -> Iterator[tuple[Row, Path]]:
@@ -189,7 +189,7 @@ class DiskStore:
             )
             self._disk: SafeDisk = self._cache.disk
             self._index = Index(self.directory, self._disk, self._lock_timeout)
-            self._writers = SharedLock(self.directory / "writers.lock")
+            self._lock = SharedLock(self.directory / "writers.lock")
             self._sweep_files(fix=True)
         except (OSError, sqlite3.Error, diskcache.Timeout, AttributeError, TypeError) as error:
             raise StoreError(
@@ -233,7 +233,8 @@ class DiskStore:
 
     def _drop(self, key: str, name: object, why: str) -> None:
         logger.warning("Chunk %s is damaged (%s); it is removed and computed again.", key[:12], why)
-        self._index.remove("key = ? AND filename IS ?", (key, name))
+        with self._changing():
+            self._index.remove("key = ? AND filename IS ?", (key, name))
 
     def _clean_up(self) -> None:
         """After a write that failed, on a full disk say: leave no transaction and no file."""
@@ -243,7 +244,7 @@ class DiskStore:
 
     def _sweep_files(self, fix: bool) -> list[str]:
         """Files that killed processes left without a row; skipped while anybody writes."""
-        with self._writers.alone() as alone:
+        with self._lock.alone() as alone:
             if not alone:
                 return []
             orphans = self._disk.files() - {row.filename for row in self._index.rows()}
@@ -251,6 +252,10 @@ class DiskStore:
                 for name in orphans:
                     self._disk.remove(name)
         return [f"unknown file: {self.directory / name}" for name in sorted(orphans)]
+
+    def _changing(self) -> contextlib.AbstractContextManager[None]:
+        """Held between a file and its row, so that no sweep takes the file for an orphan."""
+        return self._lock.shared()
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:

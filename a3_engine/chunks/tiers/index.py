@@ -132,10 +132,11 @@ class Index:
 
     def volume(self) -> int:
         """Bytes of the payloads and of the index itself."""
-        (payloads,) = self._db.execute("SELECT value FROM Settings WHERE key = 'size'").fetchone()
+        query = "SELECT coalesce(sum(CAST(value AS INTEGER)), 0) FROM Settings WHERE key = 'size'"
+        (payloads,) = self._db.execute(query).fetchone()
         (pages,) = self._db.execute("PRAGMA page_count").fetchone()
         (page,) = self._db.execute("PRAGMA page_size").fetchone()
-        return int(payloads) + pages * page
+        return payloads + pages * page
 
     def problems(self) -> list[str]:
         """What sqlite itself finds wrong."""

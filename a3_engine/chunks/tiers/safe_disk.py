@@ -75,7 +75,7 @@ class SafeDisk(diskcache.Disk):
 
     def remove(self, file_path: str) -> None:
         with contextlib.suppress(UnsafeEntry):
-            self.path(file_path)
+            self._inside(file_path)
             super().remove(file_path)
 
     def path(self, filename: Any) -> Path:
@@ -84,16 +84,23 @@ class SafeDisk(diskcache.Disk):
         Raises
         ------
         UnsafeEntry
-            The name is not one of ours, or a link on its way leads elsewhere.
+            The name is not one of ours, or what has it is a link, a folder or a device.
         """
+        path = self._inside(filename)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise UnsafeEntry("a file name that belongs to something other than a file")
+        return path
+
+    def _inside(self, filename: Any) -> Path:
+        """The path of a name of ours whose folders are real folders of the store."""
         if not isinstance(filename, str) or not FILE_NAME.fullmatch(filename.replace(os.sep, "/")):
             raise UnsafeEntry("a file name outside the store")
         path = Path(self._directory, filename)
-        for step in (path.parent.parent, path.parent, path):
+        for folder in (path.parent.parent, path.parent):
             with contextlib.suppress(FileNotFoundError):
-                mode = step.lstat().st_mode
-                if not (stat.S_ISREG(mode) if step is path else stat.S_ISDIR(mode)):
-                    raise UnsafeEntry("a file name that leads to something other than a file")
+                if not stat.S_ISDIR(folder.lstat().st_mode):
+                    raise UnsafeEntry("a file name that leads outside the store")
         return path
 
     def files(self) -> set[str]:
