@@ -1,8 +1,8 @@
 """Chunks in a local folder: diskcache's index, one safetensors file a chunk.
 
 A chunk is written as ``file, sync, row``, and removed as ``row, file``: a process may die anywhere
-in between and leaves at worst a file that no row names. Who changes anything shares a lock; who gets it alone
-knows that every such file is an orphan, and removes it.
+in between and leaves at worst a file that no row names. Who changes anything shares a lock; who
+gets it alone knows that every such file is an orphan, and removes it.
 """
 
 from __future__ import annotations
