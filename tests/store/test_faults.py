@@ -186,7 +186,7 @@ def test_sound_payloads_of_another_layout_are_misses(store):
     for tensors in layouts:
         forged = Payload(original.header, tensors)
         metadata = {"a3": original.header.to_json(), "sha256": forged.digest().hex()}
-        content = save({n: t.contiguous() for n, t in tensors.items()}, metadata)
+        content = save({n: t.clone() for n, t in tensors.items()}, metadata)
         with pytest.raises(DamagedPayload):
             open_bytes(content, original.header, None)
         store.put(original)

@@ -121,13 +121,13 @@ def test_only_holders_of_the_secret_are_believed(machine, caplog):
     assert not holds(machine(secret=b"t" * 16), 1)
 
 
-def test_damaged_layer_groups_are_a_miss(url, machine, servers):
-    if not url.startswith("redis"):
-        pytest.skip("layer groups are Redis's")
+@pytest.mark.usefixtures("socket_enabled")
+def test_damaged_layer_groups_are_a_miss(servers):
     import redis
 
     from a3_engine.chunks.tiers.redis import RedisBlobs
 
+    url = servers("redis")
     client, blobs = redis.Redis.from_url(url), RedisBlobs(url, 5)
     blobs.group_bytes = 1
     tier = RemoteTier(blobs, url, timeout=20, secret=None)

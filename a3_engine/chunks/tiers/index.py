@@ -88,30 +88,36 @@ class Index:
 
     def remove(self, where: str, parameters: Sequence[Any]) -> set[str]:
         """Remove the entries of a condition, rows first; returns their keys."""
-        with self.writing() as db:
-            query = f"DELETE FROM Cache WHERE ({where}) RETURNING key, filename"
-            rows = db.execute(query, tuple(parameters)).fetchall()
-        return self._unlink(rows)
+        values = tuple(parameters)
+        try:
+            return self._unlink(self._delete(where, values))
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+        # Removing a row takes room too. A row without a file is a miss.
+        query = f"SELECT key, filename FROM Cache WHERE ({where})"
+        rows = self._db.execute(query, values).fetchall()
+        keys = self._unlink(rows)
+        self._delete(where, values)
+        return keys
 
     def remove_keys(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.remove("key = ?", (key,))
 
     def make_room(self, limit: int) -> set[str]:
-        """Remove the least recently used entries, one by one, until the store fits."""
-        if self.volume() <= limit:
+        """Remove the least recently used entries, no more than it takes for the store to fit."""
+        excess = self.volume() - limit
+        if excess <= 0:
             return set()
-        rows = []
-        with self.writing() as db:
-            while self.volume() > limit:
-                row = db.execute(
-                    "DELETE FROM Cache WHERE rowid = "
-                    "(SELECT rowid FROM Cache ORDER BY access_time LIMIT 1) RETURNING key, filename"
-                ).fetchone()
-                if row is None:
-                    break
-                rows.append(row)
-        return self._unlink(rows)
+        oldest = []
+        query = "SELECT rowid, max(CAST(size AS INTEGER), 0) FROM Cache ORDER BY access_time"
+        for rowid, nbytes in self._db.execute(query):
+            oldest.append(rowid)
+            excess -= nbytes
+            if excess <= 0:
+                break
+        return self.remove(f"rowid IN ({','.join(map(str, oldest))})", ())
 
     def sweep_rows(self) -> int:
         """Remove the rows that `put` cannot have written; their files are orphans then."""
@@ -147,7 +153,7 @@ class Index:
         """Whether somebody has removed or exchanged the folder under our feet."""
         try:
             return self._path.stat().st_ino != self.inode
-        except FileNotFoundError:
+        except OSError:
             return True
 
     @contextlib.contextmanager
@@ -180,6 +186,11 @@ class Index:
             db.execute("PRAGMA synchronous = NORMAL")
             self._local.db = db
         return self._local.__dict__["db"]
+
+    def _delete(self, where: str, values: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+        with self.writing() as db:
+            query = f"DELETE FROM Cache WHERE ({where}) RETURNING key, filename"
+            return db.execute(query, values).fetchall()
 
     def _unlink(self, rows: Iterable[tuple[Any, Any]]) -> set[str]:
         keys = set()
