@@ -56,7 +56,7 @@ def assemble(
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
             report.chunks.append(
-                ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.kv.nbytes)
+                ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.nbytes)
             )
         if fetched.hit:
             report.cached_tokens += len(segment.ids)

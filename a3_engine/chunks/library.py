@@ -26,10 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class Fetched(NamedTuple):
-    """A chunk's KV, whether the store had it, and the seconds that computing it took."""
+    """A chunk's KV, whether the store had it, its stored bytes, and the seconds of computing it."""
 
     kv: ChunkKV
     hit: bool
+    nbytes: int
     seconds: float
 
 
@@ -89,13 +90,13 @@ class ChunkLibrary:
         """
         header = self.header(segment)
         if (stored := self.store.get(header)) is not None:
-            return Fetched(stored.kv(), True, 0.0)
+            return Fetched(stored.kv(), True, stored.nbytes, 0.0)
         prefix = None
         if segment.kind == "chunk" and self.prefix_ids:
             prefix = self.fetch(Segment("prefix", self.prefix_ids)).kv
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
-                return Fetched(stored.kv(), True, 0.0)
+                return Fetched(stored.kv(), True, stored.nbytes, 0.0)
             with self._computing:
                 started = time.perf_counter()
                 kv = encode_chunk(self._decoder, self._rotation, segment.ids, prefix)
@@ -108,7 +109,8 @@ class ChunkLibrary:
                     raise
                 logger.warning("%s The chunk serves this request only.", error)
             # Decoded, so that this request answers as all later ones will.
-            return Fetched(payload.kv(), False, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag; returns how many were stored."""

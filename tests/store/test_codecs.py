@@ -103,6 +103,7 @@ def test_engines_answer_alike_on_a_miss_and_on_a_hit(tiny_engine, name):
         engine.generate("Who sleeps?", chunks=[DOCUMENT], max_new_tokens=4) for _ in range(2)
     )
     assert (first.report.misses, again.report.hits) == (1, 1)
+    assert first.report.bytes_written == again.report.bytes_read > 0
     assert first.text == again.text
 
 

@@ -102,6 +102,25 @@ def test_an_engine_answers_on_a_full_disk(tmp_path, caplog):
         engine.close()
 
 
+def test_a_folder_that_becomes_read_only_still_serves(tmp_path):
+    """Puts fail and say so; opening it anew does too."""
+    with small_disk(tmp_path / "small", 2**21) as disk:
+        store = DiskStore(disk / "chunks")
+        store.put(payload(1))
+        store.put(payload(2))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert holds(store, 1)
+        assert holds(store, 2)
+        with pytest.raises(StoreError, match="writable"):
+            store.put(payload(3))
+        with pytest.raises(StoreError, match="writable"):
+            DiskStore(disk / "chunks")
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        store.put(payload(3))
+        assert holds(store, 3)
+        store.close()
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("secret", [None, b"a secret of the tests"])
 def test_no_bit_anywhere_may_flip(codec, secret):

@@ -159,7 +159,7 @@ class RemoteTier:
 
     def _call(self, act: Callable[[], T], otherwise: T) -> T:
         """The result of a call, or ``otherwise`` where the store is away or has just been."""
-        if time.monotonic() < self._away_until or not self._places.acquire(blocking=False):
+        if time.monotonic() < self._away_until or not self._places.acquire(timeout=self._timeout):
             return otherwise
         result: Future[T] = Future()
 
