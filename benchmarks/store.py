@@ -96,14 +96,9 @@ def codec(folder: Path, name: str, kv: ChunkKV, into: ChunkKV, rounds: int) -> d
     header = header_of(kv, name)
     store = DiskStore(folder / name)
     payload = Payload.of(kv, header)
-    encode, put, read = alternate(
-        [
-            lambda: Payload.of(kv, header),
-            lambda: store.put(payload),
-            lambda: copy(store.get(header).kv(), into),  # type: ignore[union-attr]
-        ],
-        max(3, rounds // 3),
-    )
+    acts: list[Callable[[], object]] = [lambda: Payload.of(kv, header), lambda: store.put(payload)]
+    encode, put = alternate(acts, max(3, rounds // 3))
+    (read,) = alternate([lambda: copy(store.get(header).kv(), into)], rounds)  # type: ignore[union-attr]
     store.close()
     return {
         "codec": name,
