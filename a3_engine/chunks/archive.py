@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 TEXTS = "texts.json"
-MAX_TEXTS = 2**30
 
 
 def export_chunks(
@@ -88,14 +87,15 @@ def import_chunks(
     """
     count, refused = 0, []
     try:
+        limit = archive.stat().st_size
         with tarfile.open(archive, "r:") as tar:
-            texts = _read_texts(tar)
+            texts = _read_texts(tar, limit)
             for member in tar:
                 if member.name == TEXTS:
                     continue
                 step()
                 try:
-                    content = _read(tar, member, store.size_limit)
+                    content = _read(tar, member, limit)
                     header = claim(content)
                     if member.name != header.key + SUFFIX:
                         raise DamagedPayload("its name is not its key")
@@ -119,8 +119,9 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
-    if not member.isreg() or member.size > limit:
-        raise DamagedPayload("it is not a plain file, or larger than the store's limit")
+    # A sparse member claims any size; no other can be larger than the archive.
+    if not member.isreg() or member.issparse() or member.size > limit:
+        raise DamagedPayload("it is not a plain file, or larger than its archive")
     file = tar.extractfile(member)
     content = file.read() if file is not None else b""
     if len(content) != member.size:
@@ -128,9 +129,9 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
     return content
 
 
-def _read_texts(tar: tarfile.TarFile) -> dict[str, Any]:
+def _read_texts(tar: tarfile.TarFile, limit: int) -> dict[str, Any]:
     try:
-        texts = json.loads(_read(tar, tar.getmember(TEXTS), MAX_TEXTS))
+        texts = json.loads(_read(tar, tar.getmember(TEXTS), limit))
         if not isinstance(texts["tags"], dict) or not isinstance(texts["texts"], list):
             raise ValueError("it has another format")
     except (KeyError, ValueError, TypeError, RecursionError, DamagedPayload) as error:
