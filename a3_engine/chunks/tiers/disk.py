@@ -27,7 +27,7 @@ from a3_engine.errors import StoreError
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 20.0
-HASHED_FILES = 65_536
+HASHED_FILES = 16_384
 CHANGES = 3  # how often an entry may be exchanged by another process while it is being read
 
 
