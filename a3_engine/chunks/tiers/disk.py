@@ -1,8 +1,8 @@
 """Chunks in a local folder: diskcache's index, one safetensors file a chunk.
 
 A chunk is written as ``file, sync, row``, and removed as ``row, file``: a process may die anywhere
-in between and leaves at worst a file that no row names. Who changes anything shares a lock; who
-gets it alone knows that every such file is an orphan, and removes it.
+in between and leaves at worst a file that no row names. Who changes anything holds a lock for
+it; under that lock every such file is an orphan, and can be removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import diskcache
 
 from a3_engine.chunks.payload import DamagedPayload, Header, Payload, open_file, read_header
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
-from a3_engine.chunks.tiers.filesystem import SharedLock, refuse_network_share
+from a3_engine.chunks.tiers.filesystem import TurnLock, refuse_network_share
 from a3_engine.chunks.tiers.index import Index, Row
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
@@ -189,7 +189,7 @@ class DiskStore:
             )
             self._disk: SafeDisk = self._cache.disk
             self._index = Index(self.directory, self._disk, self._lock_timeout)
-            self._lock = SharedLock(self.directory / "writers.lock")
+            self._lock = TurnLock(self.directory / "writers.lock", self._lock_timeout)
             self._sweep_files(fix=True)
         except (OSError, sqlite3.Error, diskcache.Timeout, AttributeError, TypeError) as error:
             raise StoreError(
@@ -244,8 +244,8 @@ class DiskStore:
 
     def _sweep_files(self, fix: bool) -> list[str]:
         """Files that killed processes left without a row; skipped while anybody writes."""
-        with self._lock.alone() as alone:
-            if not alone:
+        with self._lock.at_once() as free:
+            if not free:
                 return []
             orphans = self._disk.files() - {row.filename for row in self._index.rows()}
             if fix:
@@ -255,7 +255,7 @@ class DiskStore:
 
     def _changing(self) -> contextlib.AbstractContextManager[None]:
         """Held between a file and its row, so that no sweep takes the file for an orphan."""
-        return self._lock.shared()
+        return self._lock.turn()
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,31 +50,39 @@ def refuse_network_share(path: Path, mounts: Path = MOUNTS) -> None:
         )
 
 
-class SharedLock:
-    """A lock file that many hold together or one alone; a killed holder lets go of it."""
+class TurnLock:
+    """A lock file that one holds at a time, thread or process; a killed holder lets go of it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    sqlite's own waiting is unfair: who has waited longest asks least often, and starves in a crowd.
+    """
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._path, self._timeout = path, timeout
 
     @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """Hold it together with others; waits for one that holds it alone."""
+    def turn(self) -> Iterator[None]:
+        """Wait for it and hold it. Raises `TimeoutError`."""
+        deadline = time.monotonic() + self._timeout
         with self._opened() as handle:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_SH)
+            while fcntl is not None and not self._taken(handle):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"others have been writing for {self._timeout:g} seconds")
+                time.sleep(random.uniform(0.0005, 0.003))
             yield
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Hold it alone; yields False, at once, where anybody holds it."""
+    def at_once(self) -> Iterator[bool]:
+        """Hold it where it is free; yields whether it was."""
         with self._opened() as handle:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alone = fcntl is not None
-            except BlockingIOError:
-                alone = False
-            yield alone
+            yield fcntl is not None and self._taken(handle)
+
+    @staticmethod
+    def _taken(handle: int) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
