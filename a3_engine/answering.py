@@ -11,9 +11,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from a3_engine.chunks.codec import ChunkKV
+from a3_engine.chunks.kv import ChunkKV
 from a3_engine.decoding.generate import Sampling, decode
 from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import Abandoned
 from a3_engine.fusion.loading import allocate, load_chunks
@@ -25,6 +26,17 @@ from a3_engine.method import Method
 from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
+
+
+def check_room(prompt_tokens: int, max_new_tokens: int, context_window: int) -> None:
+    """Raise `ContextOverflowError` where a prompt and its answer do not fit."""
+    if (excess := prompt_tokens + max_new_tokens - context_window) > 0:
+        raise ContextOverflowError(
+            f"The prompt has {prompt_tokens} tokens and the answer may take {max_new_tokens}, "
+            f"together {excess} more than the model's context window of {context_window}. Retrieve "
+            "fewer or shorter chunks, lower max_new_tokens, or use a model with a longer context. "
+            "Nothing was cut."
+        )
 
 
 def why_not_kept(runtime: Runtime, prompt: Prompt, room: int) -> str | None:
@@ -80,7 +92,7 @@ def assemble(
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
             report.chunks.append(
-                ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.kv.nbytes)
+                ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.nbytes)
             )
         if fetched.hit:
             report.cached_tokens += len(segment.ids)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.answering import answer, assemble
+from a3_engine.answering import answer, assemble, check_room
+from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.ingestion import Precomputed, ingest
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.generate import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
-from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
@@ -65,6 +65,10 @@ class A3Engine:
         :class:`~a3_engine.prompt.PromptPlanner`.
     size_limit : int
         Bytes that the chunk store may take.
+    codec : str
+        How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
+    store : str, StoreOptions or None
+        URL of a store shared with other machines, or all that can be around the local folder.
     """
 
     def __init__(
@@ -79,14 +83,20 @@ class A3Engine:
         keep: float | None = None,
         encode_prefix: str = "template",
         size_limit: int = DEFAULT_SIZE_LIMIT,
+        codec: str = DEFAULT_CODEC,
+        store: str | StoreOptions | None = None,
     ) -> None:
         self.name = name
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.selector = make_selector(selector, ratio)
         self.compression = make_compression(compression, keep)
         self._load = load
-        self._encode_prefix = encode_prefix
-        self._size_limit = size_limit
+        self._settings: dict[str, Any] = {
+            "encode_prefix": encode_prefix,
+            "size_limit": size_limit,
+            "codec": get_codec(codec).name,
+            "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
+        }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
         self._starting = threading.Lock()
@@ -114,7 +124,7 @@ class A3Engine:
         cache_dir, device, dtype, trust_remote_code
             See :func:`~a3_engine.model.loading.load_model`.
         **options
-            The other settings of :class:`A3Engine`.
+            Settings of :class:`A3Engine`, such as ``selector``, ``ratio``, ``codec``, ``store``.
 
         Raises
         ------
@@ -158,12 +168,7 @@ class A3Engine:
             if self._runtime is None:
                 model, tokenizer = self._load()
                 self._runtime = start(
-                    self.name,
-                    model,
-                    tokenizer,
-                    cache_dir=self.cache_dir,
-                    encode_prefix=self._encode_prefix,
-                    size_limit=self._size_limit,
+                    self.name, model, tokenizer, cache_dir=self.cache_dir, **self._settings
                 )
             return self._runtime
 
@@ -378,20 +383,10 @@ class A3Engine:
             )
         settings = Sampling(**options)
         prompt = self.plan(request, chunks)
-        self._check_room(prompt.n_tokens, settings.max_new_tokens)
+        check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
         return lambda emit, abandoned: answer(
             runtime, prompt, method, settings, started, emit, abandoned
         )
-
-    def _check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        if prompt_tokens + max_new_tokens > self.context_window:
-            excess = prompt_tokens + max_new_tokens - self.context_window
-            raise ContextOverflowError(
-                f"The prompt has {prompt_tokens} tokens and the answer may take {max_new_tokens}, "
-                f"together {excess} more than the model's context window of "
-                f"{self.context_window}. Retrieve fewer or shorter chunks, lower max_new_tokens, "
-                "or use a model with a longer context. Nothing was cut."
-            )
 
 
 def _refuse_bare_text(chunks: Iterable[str | Chunk]) -> None:

@@ -1,4 +1,4 @@
-"""What happened in one request."""
+"""What happened in one request, or in ingestion."""
 
 from __future__ import annotations
 

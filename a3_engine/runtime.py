@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.store import DiskStore
+from a3_engine.chunks.store import ChunkStore, StoreOptions
+from a3_engine.chunks.tiers import open_store
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
 from a3_engine.model.support import Support, examine
@@ -39,7 +40,7 @@ class Runtime:
     tokenizer: PreTrainedTokenizerBase
     planner: PromptPlanner
     support: Support
-    store: DiskStore
+    store: ChunkStore
     library: ChunkLibrary | None
     local_queries: LocalQueries | None
     fingerprint: str
@@ -63,6 +64,8 @@ def start(
     cache_dir: Path,
     encode_prefix: str,
     size_limit: int,
+    codec: str,
+    store: StoreOptions,
 ) -> Runtime:
     """Examine a model and open its store.
 
@@ -81,12 +84,12 @@ def start(
             name,
             model.config.get_text_config().model_type,
         )
-    store = DiskStore(cache_dir / "chunks", size_limit)
-    logger.info("Chunk store at %s, up to %.1f GiB.", store.directory, size_limit / 2**30)
+    chunks = open_store(cache_dir / "chunks", size_limit, store)
+    logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
     engine = digest(
         model_fingerprint(model),
         tokenizer_fingerprint(tokenizer),
-        "raw",
+        codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
     computing = threading.Lock()
@@ -95,10 +98,10 @@ def start(
         library = ChunkLibrary(
             model.get_decoder(),
             support.rotation,
-            store,
+            chunks,
             Catalogue(cache_dir / "texts.sqlite3", engine),
             engine=engine,
-            dtype=str(model.dtype),
+            codec=codec,
             prefix_ids=planner.prefix_ids,
             computing=computing,
         )
@@ -109,7 +112,7 @@ def start(
         tokenizer=tokenizer,
         planner=planner,
         support=support,
-        store=store,
+        store=chunks,
         library=library,
         local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids),

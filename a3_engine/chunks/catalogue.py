@@ -9,13 +9,20 @@ hashes, heads and tails are kept on disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from a3_engine.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 20.0
 ANCHOR = 32  # shorter texts are not matched: they would be found where nobody meant them
 FEW = 8  # lengths that are tried one by one
 
@@ -28,6 +35,10 @@ CREATE TABLE IF NOT EXISTS chunk_texts (
 CREATE INDEX IF NOT EXISTS chunk_texts_by_tag ON chunk_texts (tag);
 CREATE TABLE IF NOT EXISTS evictions (id INTEGER PRIMARY KEY AUTOINCREMENT);
 """
+INSERT = (
+    "INSERT INTO chunk_texts (engine, sha256, chars, head, tail, tag) VALUES (?, ?, ?, ?, ?, ?) "
+    "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL"
+)
 
 
 class Match(NamedTuple):
@@ -50,11 +61,19 @@ class Catalogue:
     """
 
     def __init__(self, path: Path, engine: str) -> None:
-        self._engine = engine
+        self._engine, self._path = engine, path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.executescript(SCHEMA)
+        try:
+            self._db = sqlite3.connect(
+                path, timeout=LOCK_TIMEOUT, check_same_thread=False, isolation_level=None
+            )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"The catalogue at {path} cannot be opened: {error}. Give a writable local folder "
+                "as cache_dir, or remove a damaged file."
+            ) from error
         self._seen = self._evictions = 0
         self._lengths: dict[str, set[int]] = {}  # by head
         self._tails: set[str] = set()
@@ -67,25 +86,45 @@ class Catalogue:
             for text, tag in texts
             if len(text) >= ANCHOR
         ]
-        with self._lock, self._db:
-            self._db.executemany(
-                "INSERT INTO chunk_texts (engine, sha256, chars, head, tail, tag) "
-                "VALUES (?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET tag = excluded.tag WHERE excluded.tag IS NOT NULL",
-                rows,
-            )
+        with self._writing():
+            self._db.executemany(INSERT, rows)
 
     def forget(self, tag: str) -> None:
         """Forget the texts with this tag."""
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._writing():
             if self._db.execute("DELETE FROM chunk_texts WHERE tag = ?", (tag,)).rowcount:
                 self._db.execute("INSERT INTO evictions DEFAULT VALUES")
+
+    def rows(self, tag: str | None = None) -> list[list[Any]]:
+        """Every engine's ``[engine, sha256, chars, head, tail, tag]``, of one tag where given."""
+        query = (
+            "SELECT engine, sha256, chars, head, tail, tag FROM chunk_texts "
+            "WHERE ? IS NULL OR tag = ?"
+        )
+        with self._lock:
+            return [list(row) for row in self._db.execute(query, (tag, tag))]
+
+    def add_rows(self, rows: Iterable[Any]) -> None:
+        """Take over what `rows` gave elsewhere; what cannot be such a row is left out."""
+        kinds = (str, str, int, str, str, str | None)
+        sound = [
+            row
+            for row in rows
+            if isinstance(row, list)
+            and len(row) == len(kinds)
+            and all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True))
+            and len(row[3]) == len(row[4]) == ANCHOR <= row[2]
+        ]
+        with self._writing():
+            self._db.executemany(INSERT, sound)
 
     def find(self, text: str) -> list[Match]:
         """Known texts inside ``text``, leftmost first, the longest where several begin together."""
         with self._lock:
-            self._refresh()
+            try:
+                self._refresh()
+            except sqlite3.Error as error:  # what is known already still serves
+                logger.warning("The catalogue at %s cannot be read: %s.", self._path, error)
             windows = [text[at : at + ANCHOR] for at in range(len(text) - ANCHOR + 1)]
             heads = self._lengths.keys() & windows  # faster than asking for them one by one
             starts = [(at, self._lengths[w]) for at, w in enumerate(windows) if w in heads]
@@ -101,6 +140,18 @@ class Catalogue:
                     matches.append(match)
                     behind = match.stop
             return matches
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction; one that cannot be done raises `StoreError`."""
+        try:
+            with self._lock, self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"The catalogue at {self._path} cannot be written: {error}."
+            ) from error
 
     def close(self) -> None:
         with self._lock:

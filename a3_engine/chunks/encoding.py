@@ -7,8 +7,17 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from a3_engine.chunks.codec import ChunkKV
+from a3_engine.chunks.kv import ChunkKV
 from a3_engine.model.rotary import Rotation, rotate_
+
+
+def kv_shape(decoder: PreTrainedModel, n_tokens: int) -> tuple[int, int, int, int]:
+    """``(layers, kv_heads, tokens, head_dim)`` of the keys and values of so many tokens."""
+    config = decoder.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return len(decoder.layers), config.num_key_value_heads, n_tokens, head_dim
 
 
 @torch.inference_mode()

@@ -11,9 +11,12 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from a3_engine.chunks.catalogue import Catalogue
-from a3_engine.chunks.codec import ChunkKV, Header
-from a3_engine.chunks.encoding import encode_chunk
+from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.encoding import encode_chunk, kv_shape
 from a3_engine.chunks.fingerprint import chunk_key
+from a3_engine.chunks.flights import Flights
+from a3_engine.chunks.kv import ChunkKV
+from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError
 from a3_engine.model.rotary import Rotation
@@ -21,14 +24,13 @@ from a3_engine.prompt import Segment
 
 logger = logging.getLogger(__name__)
 
-STRIPES = 64
-
 
 class Fetched(NamedTuple):
-    """A chunk's KV, whether the store had it, and the seconds that computing it took."""
+    """A chunk's KV, whether the store had it, its stored bytes, and the seconds of computing it."""
 
     kv: ChunkKV
     hit: bool
+    nbytes: int
     seconds: float
 
 
@@ -40,9 +42,9 @@ class ChunkLibrary:
     decoder, rotation
         What computes a missing chunk.
     engine : str
-        Fingerprint of model, tokenizer, dtype and rotary parameters.
-    dtype : str
-        The dtype that payloads must have.
+        Fingerprint of model, tokenizer, dtype, codec and rotary parameters.
+    codec : str
+        How chunks are stored. The encode prefix is always raw: every chunk is computed behind it.
     prefix_ids : tuple of int
         What chunks are computed behind; may be empty.
     computing : threading.Lock
@@ -57,7 +59,7 @@ class ChunkLibrary:
         catalogue: Catalogue,
         *,
         engine: str,
-        dtype: str,
+        codec: str,
         prefix_ids: tuple[int, ...],
         computing: threading.Lock,
     ) -> None:
@@ -65,10 +67,10 @@ class ChunkLibrary:
         self.catalogue = catalogue
         self.prefix_ids = prefix_ids
         self._decoder, self._rotation = decoder, rotation
-        self._engine, self._dtype = engine, dtype
+        self._engine, self._codec = engine, codec
         self._computing = computing
-        # Two requests that miss the same chunk meet at one of these, and compute it once.
-        self._flights = [threading.Lock() for _ in range(STRIPES)]
+        # Two requests that miss the same chunk meet here, and compute it once.
+        self._flights = Flights()
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
         """Those that are not stored, each once; the stored ones take over the segments' tags."""
@@ -87,33 +89,38 @@ class ChunkLibrary:
         and wait for that lock.
         """
         header = self.header(segment)
-        if (kv := self.store.get(header)) is not None:
-            return Fetched(kv, True, 0.0)
+        if (stored := self.store.get(header)) is not None:
+            return Fetched(stored.kv(), True, stored.nbytes, 0.0)
         prefix = None
         if segment.kind == "chunk" and self.prefix_ids:
             prefix = self.fetch(Segment("prefix", self.prefix_ids)).kv
-        with self._flights[int(header.key[:8], 16) % STRIPES]:
-            if (kv := self.store.get(header)) is not None:
-                return Fetched(kv, True, 0.0)
+        with self._flights.of(header.key):
+            if (stored := self.store.get(header)) is not None:
+                return Fetched(stored.kv(), True, stored.nbytes, 0.0)
             with self._computing:
                 started = time.perf_counter()
                 kv = encode_chunk(self._decoder, self._rotation, segment.ids, prefix)
+            payload = Payload.of(kv, header)
             try:
-                self.store.put(header, kv, segment.tag)
+                self.store.put(payload, segment.tag)
                 self.catalogue.add([(segment.text, segment.tag)])
             except StoreError as error:
                 if must_store:
                     raise
                 logger.warning("%s The chunk serves this request only.", error)
-            return Fetched(kv, False, time.perf_counter() - started)
+            # Decoded, so that this request answers as all later ones will.
+            seconds = time.perf_counter() - started
+            return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag; returns how many were stored."""
         self.catalogue.forget(tag)
-        return self.store.evict(tag)
+        return len(self.store.evict(tag))
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
         behind = () if segment.kind == "prefix" else self.prefix_ids
         key = chunk_key(self._engine, behind, segment.ids)
-        return Header(key, self._engine, len(segment.ids), self._dtype)
+        codec = DEFAULT_CODEC if segment.kind == "prefix" else self._codec
+        shape = kv_shape(self._decoder, len(segment.ids))
+        return Header(key, self._engine, shape, str(self._decoder.dtype), codec)

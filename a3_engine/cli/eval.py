@@ -72,6 +72,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     how.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     how.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    how.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, fp8, int4")
     how.add_argument("--cache-dir", help="folder of the chunk store")
     how.add_argument("--output", type=Path, help="keep every row here, and resume from it")
     how.add_argument("--json", action="store_true", help="one JSON line a set, method and ratio")
@@ -90,6 +91,7 @@ def run_eval(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         cache_dir=options.cache_dir,
         encode_prefix=options.encode_prefix,
+        codec=options.codec,
     )
     lengths = options.lengths or (QUICK_LENGTHS if options.quick else "")
     source = Source(

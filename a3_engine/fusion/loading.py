@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.codec import ChunkKV
+from a3_engine.chunks.encoding import kv_shape
+from a3_engine.chunks.kv import ChunkKV
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
@@ -15,13 +16,10 @@ from a3_engine.model.rotary import Rotation, rotate_
 
 def allocate(model: PreTrainedModel, n_prompt: int, capacity: int) -> FusedCache:
     """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    shape = (1, config.num_key_value_heads, capacity, head_dim)
+    decoder = model.get_decoder()
+    shape = (1, *kv_shape(decoder, capacity)[1:])
     layers = []
-    for layer, window in zip(model.get_decoder().layers, has_window(model), strict=True):
+    for layer, window in zip(decoder.layers, has_window(model), strict=True):
         device = next(layer.parameters()).device
         layers.append(
             FusedLayer(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.codec import ChunkKV
+from a3_engine.chunks.kv import ChunkKV
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import FusionPass
 from a3_engine.fusion.layout import Layout, Span

@@ -5,30 +5,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from a3_engine.chunks.catalogue import Catalogue
-from a3_engine.chunks.codec import Header
-from a3_engine.chunks.store import DiskStore
-from tests.engine.stored import chunk, header, holds, payloads
+from a3_engine.chunks.fingerprint import FORMAT_VERSION
+from a3_engine.chunks.payload import Payload
+from a3_engine.chunks.tiers.disk import DiskStore
+from tests.store.stored import chunk, header, holds, payload, payloads
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-@pytest.fixture
-def store(tmp_path: Path):
-    store = DiskStore(tmp_path / "chunks")
-    yield store
-    store.close()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_put_comes_back(store, dtype):
-    written = store.put(header(1, dtype=dtype), chunk(1, dtype=dtype))
-    kv, again = store.get(header(1, dtype=dtype)), chunk(1, dtype=dtype)
+    written = store.put(Payload.of(chunk(1, dtype=dtype), header(1, dtype=dtype)))
+    kv, again = store.get(header(1, dtype=dtype)).kv(), chunk(1, dtype=dtype)
     assert (kv.keys.dtype, kv.values.dtype) == (dtype, dtype)
     assert torch.equal(kv.keys, again.keys)
     assert torch.equal(kv.values, again.values)
@@ -37,33 +32,39 @@ def test_what_is_put_comes_back(store, dtype):
 
 def test_what_was_not_put_is_none(store):
     assert store.get(header(1)) is None
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     assert store.get(header(2)) is None
 
 
 def test_other_expectations_of_the_same_key_are_a_miss(store):
     """The payload says what it is; one that says something else is not used."""
-    for wrong in ({"engine": "another"}, {"n_tokens": 6}, {"dtype": "torch.float16"}):
-        store.put(header(1), chunk(1))
-        assert store.get(Header(**{**vars(header(1)), **wrong})) is None
+    for wrong in (
+        {"engine": "another"},
+        {"shape": (3, 2, 6, 8)},
+        {"dtype": "torch.float16"},
+        {"codec": "int8"},
+        {"version": FORMAT_VERSION + 1},
+    ):
+        store.put(payload(1))
+        assert store.get(replace(header(1), **wrong)) is None
 
 
 def test_a_truncated_payload_is_a_miss_and_can_be_put_again(store, caplog):
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     (path,) = payloads(store)
     path.write_bytes(path.read_bytes()[:-7])
     assert not holds(store, 1)
     assert "damaged" in caplog.text
     assert store.stats().entries == 0
     assert store.contains_many([header(1).key]) == set()
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     assert holds(store, 1)
 
 
 def test_swapped_payloads_are_misses(store):
     """Equal in shape, but each the other's chunk."""
-    store.put(header(1), chunk(1))
-    store.put(header(2), chunk(2))
+    store.put(payload(1))
+    store.put(payload(2))
     one, two = payloads(store)
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
@@ -74,7 +75,7 @@ def test_swapped_payloads_are_misses(store):
 
 def test_verify_finds_a_flipped_bit_and_spares_the_rest(store):
     for seed in (1, 2, 3):
-        store.put(header(seed), chunk(seed))
+        store.put(payload(seed))
     assert store.verify() == []
     path = payloads(store)[1]
     content = bytearray(path.read_bytes())
@@ -88,7 +89,7 @@ def test_verify_finds_a_flipped_bit_and_spares_the_rest(store):
 
 def test_verify_removes_files_that_no_entry_names(store):
     """A process that was killed leaves such a file; the catalogue beside the entries stays."""
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     catalogue = Catalogue(store.directory.parent / "texts.sqlite3", "engine")
     text = "A text that is long enough to be found again."
     catalogue.add([(text, None)])
@@ -106,10 +107,10 @@ def test_verify_removes_files_that_no_entry_names(store):
 
 def test_the_least_recently_used_chunks_go_first(tmp_path, store):
     """When the limit is reached; a chunk that was just put, or just read, stays."""
-    one = store.put(header(0, 200), chunk(0, 200))
+    one = store.put(payload(0, 200))
     small = DiskStore(tmp_path / "small", size_limit=100_000 + 6 * one)  # the index takes its part
     for seed in range(20):
-        small.put(header(seed, 200), chunk(seed, 200))
+        small.put(payload(seed, 200))
         assert holds(small, seed, 200)
         assert holds(small, 0, 200)
     kept = [
@@ -124,8 +125,8 @@ def test_the_least_recently_used_chunks_go_first(tmp_path, store):
 def test_a_payload_larger_than_the_limit_is_not_kept(tmp_path, caplog):
     """It says so, and pushes nothing else out."""
     small = DiskStore(tmp_path / "small", size_limit=100_000)
-    small.put(header(1), chunk(1))
-    assert small.put(header(2, 2000), chunk(2, 2000)) == 0
+    small.put(payload(1))
+    assert small.put(payload(2, 2000)) == 0
     assert "size_limit" in caplog.text
     assert not holds(small, 2, 2000)
     assert holds(small, 1)
@@ -134,14 +135,14 @@ def test_a_payload_larger_than_the_limit_is_not_kept(tmp_path, caplog):
 
 def test_eviction_by_tag_and_counts(store):
     for seed, tag in enumerate(["a", "b", "a", None]):
-        store.put(header(seed), chunk(seed), tag)
+        store.put(payload(seed), tag)
     keys = [header(seed).key for seed in range(5)]
     assert store.contains_many(keys) == set(keys[:4])
     stats = store.stats()
     assert (stats.entries, stats.directory) == (4, str(store.directory))
     assert sum(p.stat().st_size for p in payloads(store)) <= stats.nbytes <= stats.size_limit
-    assert store.evict("a") == 2
-    assert store.evict("nobody's") == 0
+    assert store.evict("a") == {keys[0], keys[2]}
+    assert store.evict("nobody's") == set()
     assert [holds(store, seed) for seed in range(4)] == [False, True, False, True]
     assert len(payloads(store)) == store.stats().entries == 2
 
@@ -150,12 +151,12 @@ def _answer(directory: Path, pipe) -> None:
     """Another process: reads what the first has put, and puts another."""
     store = DiskStore(directory)
     found = holds(store, 1)
-    store.put(header(2), chunk(2))
+    store.put(payload(2))
     pipe.send(found)
 
 
 def test_processes_see_each_others_chunks(store):
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     assert not holds(store, 2)
     receive, send = SPAWN.Pipe(duplex=False)
     other = SPAWN.Process(target=_answer, args=(store.directory, send))
@@ -169,7 +170,7 @@ def test_processes_see_each_others_chunks(store):
 def _put_forever(directory: Path, pipe) -> None:
     store, seed = DiskStore(directory), 0
     while True:
-        store.put(header(seed, 400), chunk(seed, 400))
+        store.put(payload(seed, 400))
         pipe.send(seed)
         seed += 1
 

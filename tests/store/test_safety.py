@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sqlite3
 import stat
@@ -10,15 +11,9 @@ from pathlib import Path
 import pytest
 
 from a3_engine import StoreError
-from a3_engine.chunks.store import DiskStore, SafeDisk
-from tests.engine.stored import chunk, header, holds, payloads
-
-
-@pytest.fixture
-def store(tmp_path: Path):
-    store = DiskStore(tmp_path / "chunks")
-    yield store
-    store.close()
+from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.chunks.tiers.safe_disk import SafeDisk
+from tests.store.stored import chunk, header, holds, payload, payloads
 
 
 def test_only_the_owner_may_enter_the_folder(tmp_path):
@@ -65,7 +60,7 @@ def plant(store: DiskStore, key: object, raw: int, mode: int, filename: object, 
 @pytest.mark.parametrize("where", ["key", "value", "file", "raw value"])
 def test_nothing_is_ever_unpickled(store, tmp_path, where):
     """CVE-2025-69872: neither keys nor values, in the index or in files; the store goes on."""
-    store.put(header(1), chunk(1))
+    store.put(payload(1))
     trap, planted = tmp_path / "sprung", header(2).key
     evil = pickle.dumps(Evil(trap))
     if where == "key":
@@ -93,7 +88,7 @@ def test_nothing_is_ever_unpickled(store, tmp_path, where):
 def test_files_outside_are_neither_read_nor_removed(store, tmp_path, name, reach):
     secret = tmp_path / "secret"
     good = DiskStore(tmp_path / "other")
-    good.put(header(1), chunk(1))
+    good.put(payload(1))
     secret.write_bytes(payloads(good)[0].read_bytes())  # would be a hit if it were read
     good.close()
     filename = {"absolute": str(secret), "link": f"ab/cd/{'e' * 28}.val"}.get(name, name)
@@ -106,6 +101,67 @@ def test_files_outside_are_neither_read_nor_removed(store, tmp_path, name, reach
     assert store.get(header(1)) is None
     assert store.stats().entries == 0
     assert secret.exists()
+
+
+def test_a_folder_that_is_a_link_is_not_followed(store, tmp_path):
+    """Neither for reading nor for removing what it leads to."""
+    store.put(payload(1))
+    (path,) = payloads(store)
+    outside = tmp_path / "outside"
+    path.parent.rename(outside)
+    path.parent.symlink_to(outside)
+    assert store.get(header(1)) is None
+    store.put(payload(2))
+    store.verify()
+    assert (outside / path.name).exists()
+    assert holds(store, 2)
+
+
+def test_what_is_no_plain_file_is_a_miss_and_does_not_hang(store):
+    """A pipe would wait for its other end for ever."""
+    for make in (os.mkfifo, os.mkdir):
+        store.put(payload(1))
+        (path,) = payloads(store)
+        path.unlink()
+        make(path)
+        assert store.get(header(1)) is None
+        assert isinstance(store.verify(), list)
+        if path.is_dir():
+            path.rmdir()
+
+
+def test_an_index_that_is_a_link_is_refused(tmp_path):
+    foreign = tmp_path / "foreign.db"
+    sqlite3.connect(foreign).close()
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / "cache.db").symlink_to(foreign)
+    with pytest.raises(StoreError, match="symbolic link"):
+        DiskStore(tmp_path / "chunks")
+    assert foreign.stat().st_size == 0
+
+
+def test_payloads_are_the_owners_alone(store):
+    store.put(payload(1))
+    assert [stat.S_IMODE(path.stat().st_mode) for path in payloads(store)] == [0o600]
+
+
+def test_a_secret_keeps_others_writing_out(tmp_path):
+    """Also in the local folder, and when a file changes after it was read once."""
+    plain = DiskStore(tmp_path / "chunks")
+    plain.put(payload(1))
+    ours = DiskStore(tmp_path / "chunks", secret=b"our secret, 16 bytes")
+    assert not holds(ours, 1)
+    ours.put(payload(1))
+    assert holds(ours, 1)
+    assert holds(plain, 1)
+    assert ours.verify() == []
+    theirs = DiskStore(tmp_path / "chunks", secret=b"their secret, 16 bytes")
+    assert theirs.verify(fix=False) != []
+    payloads(ours)[0].write_bytes(payload(1).to_bytes())
+    assert holds(plain, 1)
+    assert not holds(ours, 1)
+    for store in (plain, ours, theirs):
+        store.close()
 
 
 def test_the_disk_takes_only_str_keys_and_bytes(tmp_path):

@@ -1,0 +1,24 @@
+"""The model's own dtype: nothing is lost."""
+
+from __future__ import annotations
+
+import torch
+
+from a3_engine.chunks.codecs.base import Shape, Spec, Tensors
+from a3_engine.chunks.kv import ChunkKV
+
+
+class Raw:
+    """Keys and values as they are."""
+
+    name = "raw"
+    tolerance = 0.0
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, Spec]:
+        return {"keys": Spec(shape, dtype), "values": Spec(shape, dtype)}
+
+    def encode(self, kv: ChunkKV) -> Tensors:
+        return {"keys": kv.keys.cpu().contiguous(), "values": kv.values.cpu().contiguous()}
+
+    def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
+        return ChunkKV(tensors["keys"], tensors["values"])

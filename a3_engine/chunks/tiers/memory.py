@@ -1,0 +1,82 @@
+"""Chunks in memory, in pinned memory where there is CUDA: the next copy to the device is faster."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from a3_engine.chunks.payload import Header, Payload
+from a3_engine.chunks.store import StoreStats
+
+
+class MemoryTier:
+    """The most recently used chunks, encoded, up to a number of bytes.
+
+    Tags are left to the tiers below; what they evict is discarded here too.
+    """
+
+    def __init__(self, size_limit: int) -> None:
+        self.size_limit = size_limit
+        self._pin = torch.cuda.is_available()
+        self._lock = threading.Lock()
+        self._payloads: OrderedDict[str, Payload] = OrderedDict()
+        self._nbytes = 0
+
+    def get(self, expected: Header) -> Payload | None:
+        with self._lock:
+            payload = self._payloads.get(expected.key)
+            if payload is None or payload.header != expected:
+                return None
+            self._payloads.move_to_end(expected.key)
+            return payload
+
+    def put(self, payload: Payload, tag: str | None = None) -> int:
+        if payload.nbytes > self.size_limit:
+            return 0
+        # A copy: what comes from the disk is a mapped file, which is not bounded by anything.
+        kept = replace(payload, tensors={n: self._copy(t) for n, t in payload.tensors.items()})
+        with self._lock:
+            self._remove(payload.header.key)
+            self._payloads[payload.header.key] = kept
+            self._nbytes += kept.nbytes
+            while self._nbytes > self.size_limit:
+                self._remove(next(iter(self._payloads)))
+        return kept.nbytes
+
+    def contains_many(self, keys: Iterable[str]) -> set[str]:
+        with self._lock:
+            return set(keys) & self._payloads.keys()
+
+    def retag(self, tags: Mapping[str, str]) -> None:
+        pass
+
+    def evict(self, tag: str) -> set[str]:
+        return set()
+
+    def discard(self, keys: Iterable[str]) -> None:
+        with self._lock:
+            for key in keys:
+                self._remove(key)
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return StoreStats("memory", len(self._payloads), self._nbytes, self.size_limit)
+
+    def verify(self, *, fix: bool = True) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        with self._lock:
+            self._payloads.clear()
+            self._nbytes = 0
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, pin_memory=self._pin).copy_(tensor)
+
+    def _remove(self, key: str) -> None:
+        if (payload := self._payloads.pop(key, None)) is not None:
+            self._nbytes -= payload.nbytes

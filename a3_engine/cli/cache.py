@@ -1,0 +1,249 @@
+"""`a3 cache`: look into the chunk store, check it, empty it, carry it, fill it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from a3_engine.chunks.archive import export_chunks, import_chunks
+from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
+from a3_engine.chunks.doctor import examine
+from a3_engine.chunks.payload import DamagedPayload, read_header
+from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions
+from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.engine import A3Engine
+from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.model.loading import default_cache_dir
+from a3_engine.prompt import Chunk
+
+BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+TEXT_FILES = {".txt", ".md", ".rst"}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The command's options."""
+    cache = commands.add_parser("cache", help="look into the chunk store, check, carry or fill it")
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+
+    def action(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, help=text, description=text)
+        parser.add_argument("--cache-dir", type=Path, help="the engine's; the user's if absent")
+        parser.set_defaults(run=run)
+        return parser
+
+    stats = action("stats", show_stats, "entries, bytes and codecs")
+    stats.add_argument("--json", action="store_true")
+    listing = action("ls", show_entries, "every chunk, the least recently used first")
+    listing.add_argument("--tag", help="only chunks with this tag")
+    listing.add_argument("--json", action="store_true", help="one JSON line a chunk")
+    verify = action("verify", run_verify, "read everything and compare checksums")
+    verify.add_argument("--fix", action="store_true", help="remove what is damaged")
+    evict = action("evict", run_evict, "remove chunks")
+    which = evict.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tag", help="those with this tag, and their texts")
+    which.add_argument("--older-than", type=_seconds, metavar="AGE", help="unused for 30m, 12h, 7d")
+    which.add_argument("--to-size", type=_bytes, metavar="SIZE", help="down to 500M, 20G, ...")
+    export = action("export", run_export, "write chunks into an archive for another machine")
+    export.add_argument("archive", type=Path)
+    export.add_argument("--tag", help="only chunks with this tag")
+    take = action("import", run_import, "take over an archive's chunks, each after its checks")
+    take.add_argument("archive", type=Path)
+    take.add_argument("--size-limit", type=_bytes, default=DEFAULT_SIZE_LIMIT, metavar="SIZE")
+    warm = action("warm", run_warm, "compute and store documents; go on after an interruption")
+    warm.add_argument(
+        "folder",
+        type=Path,
+        help="every .txt, .md and .rst file is one chunk, every line of a .jsonl file one with "
+        'its "text"; tagged with the path in the folder',
+    )
+    warm.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
+    warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
+    warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
+    warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    warm.add_argument("--size-limit", type=_bytes, default=DEFAULT_SIZE_LIMIT, metavar="SIZE")
+    warm.add_argument("--store", help="URL of a shared store")
+    doctor = action("doctor", run_doctor, "examine the folder, the index and the shared store")
+    doctor.add_argument("--store", help="URL of a shared store")
+
+
+def show_stats(options: argparse.Namespace) -> None:
+    """Print what the store holds."""
+    store = _open(options)
+    stats = store.stats()
+    codecs: Counter[str] = Counter()
+    tokens = 0
+    for _, path in store.entries():
+        try:
+            header = read_header(path)
+        except DamagedPayload:
+            codecs["damaged"] += 1
+            continue
+        codecs[header.codec] += 1
+        tokens += header.n_tokens
+    figures = {
+        "directory": stats.directory,
+        "entries": stats.entries,
+        "nbytes": stats.nbytes,
+        "tokens": tokens,
+        "codecs": dict(codecs),
+    }
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:10} {value}")
+    store.close()
+
+
+def show_entries(options: argparse.Namespace) -> None:
+    """Print one line for every chunk."""
+    store = _open(options)
+    for row, path in store.entries():
+        if options.tag is not None and row.tag != options.tag:
+            continue
+        try:
+            header = read_header(path)
+            what = {"tokens": header.n_tokens, "codec": header.codec, "engine": header.engine[:12]}
+        except DamagedPayload as error:
+            what = {"damaged": str(error)}
+        line = {"key": row.key, "nbytes": row.nbytes, "used": row.used, "tag": row.tag, **what}
+        if options.json:
+            print(json.dumps(line))
+        else:
+            used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.used))
+            rest = "  ".join(f"{name} {value}" for name, value in what.items())
+            print(f"{row.key[:16]}  {row.nbytes:>12}  {used}  {rest}  {row.tag or ''}")
+    store.close()
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Print what is damaged; status 1 where something is, and stays."""
+    store = _open(options)
+    problems = store.verify(fix=options.fix)
+    store.close()
+    for problem in problems:
+        print(problem)
+    fixed = " and removed" if options.fix and problems else ""
+    print(f"{len(problems)} problems found{fixed}.")
+    return 1 if problems and not options.fix else 0
+
+
+def run_evict(options: argparse.Namespace) -> None:
+    """Remove chunks and say how many."""
+    store = _open(options)
+    if options.tag is not None:
+        catalogue = _catalogue(options)
+        catalogue.forget(options.tag)
+        catalogue.close()
+        gone = store.evict(options.tag)
+    elif options.older_than is not None:
+        gone = store.evict_unused(time.time() - options.older_than)
+    else:
+        gone = store.shrink(options.to_size)
+    store.close()
+    print(f"{len(gone)} chunks removed.")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write an archive."""
+    store, catalogue = _open(options), _catalogue(options)
+    with tqdm(total=store.stats().entries, desc="Exporting", unit="chunk") as bar:
+        count = export_chunks(
+            store, catalogue, options.archive, options.tag, StoreOptions().secret, bar.update
+        )
+    store.close()
+    catalogue.close()
+    print(f"{count} chunks written to {options.archive}.")
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Read an archive; status 1 where something in it was refused."""
+    store, catalogue = _open(options, options.size_limit), _catalogue(options)
+    with tqdm(desc="Importing", unit="chunk") as bar:
+        count, refused = import_chunks(
+            store, catalogue, options.archive, StoreOptions().secret, bar.update
+        )
+    store.close()
+    catalogue.close()
+    for reason in refused:
+        print(f"refused {reason}")
+    print(f"{count} chunks taken over, {len(refused)} refused.")
+    return 1 if refused else 0
+
+
+def run_warm(options: argparse.Namespace) -> None:
+    """Compute what is not stored yet."""
+    if not options.folder.is_dir():
+        raise ValueError(f"There is no folder {options.folder}.")
+    chunks = list(_documents(options.folder))
+    if not chunks:
+        raise ValueError(f"{options.folder} holds no .txt, .md, .rst or .jsonl file with text.")
+    engine = A3Engine.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        cache_dir=options.cache_dir,
+        encode_prefix=options.encode_prefix,
+        size_limit=options.size_limit,
+        codec=options.codec,
+        store=options.store,
+    )
+    done = engine.precompute(chunks)
+    engine.close()
+    print(f"{done.computed} chunks computed, {done.present} were stored before.")
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Print one line for every finding; status 1 where something needs a hand."""
+    findings = examine(_folder(options), options.store)
+    for finding in findings:
+        print(f"{'ok  ' if finding.good else 'WARN'} {finding.text}")
+    return 0 if all(finding.good for finding in findings) else 1
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return (options.cache_dir or default_cache_dir()).expanduser()
+
+
+def _open(options: argparse.Namespace, size_limit: int = DEFAULT_SIZE_LIMIT) -> DiskStore:
+    return DiskStore(_folder(options) / "chunks", size_limit, secret=StoreOptions().secret)
+
+
+def _catalogue(options: argparse.Namespace) -> Catalogue:
+    return Catalogue(_folder(options) / "texts.sqlite3", "")
+
+
+def _documents(folder: Path) -> Iterator[Chunk]:
+    """Chunks of a folder's files, in the order of their names, tagged with their paths."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        tag = path.relative_to(folder).as_posix()
+        if path.suffix in TEXT_FILES:
+            texts = [path.read_text(encoding="utf-8")]
+        elif path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            texts = [json.loads(line)["text"] for line in lines if line.strip()]
+        else:
+            continue
+        yield from (Chunk(text, tag) for text in texts if text.strip())
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 20G")
+    return int(float(found[1]) * BYTES[found[2]])
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 30m, 12h or 7d")
+    return float(found[1]) * SECONDS[found[2]]
