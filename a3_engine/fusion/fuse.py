@@ -8,13 +8,14 @@ the rows' keys and values over the loaded ones. No model code is copied.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.fusion.layout import Layout
@@ -178,6 +179,12 @@ class FusionPass:
         if (positions := kwargs.get("position_ids")) is not None:
             kwargs["position_ids"] = positions[:, rows]
         return args, kwargs
+
+
+def run_pass(decoder: PreTrainedModel, ids: Sequence[int], cache: FusedCache) -> None:
+    """The decoder's forward over a prompt, as its cache's pass narrows it; for what observers see."""
+    device = decoder.get_input_embeddings().weight.device
+    decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
 
 
 def install_hooks(layers: nn.ModuleList) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass
+from a3_engine.fusion.fuse import FusionPass, run_pass
 from a3_engine.fusion.layout import Layout
 from a3_engine.model.attention import Rows
 
@@ -58,6 +58,10 @@ class AttentionSums:
         if layer == self._layers[-1]:
             raise _Seen
 
+    def total(self) -> torch.Tensor:
+        """The sums on one device, ``(layers, tokens)``."""
+        return torch.stack([row.to(self.by_layer[0].device) for row in self.by_layer])
+
 
 @torch.inference_mode()
 def question_attention(
@@ -74,10 +78,9 @@ def question_attention(
     """
     sums = AttentionSums(fusion.layout, layers)
     with fusion.only_fresh(sums.observe), suppress(_Seen):
-        device = decoder.get_input_embeddings().weight.device
-        decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
+        run_pass(decoder, ids, cache)
     cache.rewind()
-    return torch.stack([row.to(sums.by_layer[0].device) for row in sums.by_layer])
+    return sums.total()
 
 
 @torch.inference_mode()
@@ -110,6 +113,5 @@ def question_alone(
     without_chunks = cache.narrowed(layout.with_chunk_tokens(layout.chunk_positions[:0]))
     alone = FusionPass(without_chunks, layout, fusion.selector)
     with alone.only_fresh(observe), suppress(_Seen):
-        device = decoder.get_input_embeddings().weight.device
-        decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=without_chunks)
-    return torch.stack([row.to(sums.by_layer[0].device) for row in sums.by_layer])
+        run_pass(decoder, ids, without_chunks)
+    return sums.total()

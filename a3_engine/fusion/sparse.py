@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from a3_engine.chunks.kv import ChunkKV
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass
+from a3_engine.fusion.fuse import FusionPass, run_pass
 from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selectors.base import SparseSelector
@@ -110,8 +110,7 @@ def mean_queries(
 
     fusion = FusionPass(cache, layout, FullReuse())
     with fusion.only_fresh(record):
-        device = decoder.get_input_embeddings().weight.device
-        decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
+        run_pass(decoder, ids, cache)
     return torch.stack([mean.to(means[0].device) for mean in means])
 
 
