@@ -182,7 +182,7 @@ class FusionPass:
 
 
 def run_pass(decoder: PreTrainedModel, ids: Sequence[int], cache: FusedCache) -> None:
-    """The decoder's forward over a prompt, as its cache's pass narrows it; for what observers see."""
+    """The decoder's forward over a prompt, narrowed by its cache's pass, for an observer."""
     device = decoder.get_input_embeddings().weight.device
     decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
 
