@@ -11,8 +11,7 @@ from wordllama_langchain import WordLlamaEmbeddings
 from a3_engine.evaluation.datasets import articles, sample_examples
 from a3_integrations.langchain import ChatA3
 
-# Without the penalty this very small model repeats itself until its search is cut off.
-llm = ChatA3(model="smollm2-135m-instruct", max_tokens=64, repetition_penalty=1.2)
+llm = ChatA3(model="smollm2-135m-instruct", dtype="float32", max_tokens=64)
 store = InMemoryVectorStore(WordLlamaEmbeddings())
 store.add_documents(
     [
@@ -24,7 +23,7 @@ store.add_documents(
 search = create_retriever_tool(
     store.as_retriever(search_kwargs={"k": 4}),
     "search",
-    "Search an encyclopedia.",
+    "Search for facts.",
     response_format="content_and_artifact",  # the artifact says where each document begins
 )
 
@@ -33,12 +32,12 @@ search = create_retriever_tool(
 def search_first(request, handler):
     """Small models do not decide well when to search; larger ones need no such help."""
     if not any(isinstance(message, ToolMessage) for message in request.messages):
-        request = request.override(tool_choice="search")
+        request = request.override(tool_choice="any")
     return handler(request)
 
 
 agent = create_agent(llm, [search], middleware=[search_first])
-question = {"messages": [("human", "Which countries does the Rhine flow through?")]}
+question = {"messages": [("human", "Where does the Middle Rhine flow?")]}
 for run in ("The first run stores what it finds", "the second reads it"):
     messages = agent.invoke(question)["messages"]
     details = messages[-1].usage_metadata["input_token_details"]
