@@ -13,6 +13,7 @@ from a3_engine import A3Engine, Chunk, Message
 from a3_engine.answering import assemble
 from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.fusion.turns import Turns
+from a3_engine.method import Method
 from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import FusionReport
 from tests.tiny import CONFIGS
@@ -47,7 +48,9 @@ def chunk(engine: A3Engine, text: str) -> Segment:
 def follow_up_logits(engine: A3Engine, prompt: Prompt, selector, *, reuse: bool) -> torch.Tensor:
     turn, reused = engine.runtime.turns.find(prompt.ids, selector) if reuse else (None, 0)
     assert (reused > 0) == reuse
-    cache = assemble(engine.runtime, prompt, selector, 0, FusionReport(), turn=turn, reused=reused)
+    cache = assemble(
+        engine.runtime, prompt, Method(selector), 0, FusionReport(), turn=turn, reused=reused
+    )
     with torch.inference_mode():
         ids = torch.tensor([prompt.ids])
         return engine.runtime.model(input_ids=ids, past_key_values=cache).logits[0, -1]

@@ -27,6 +27,7 @@ from a3_engine.errors import StoreError
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 20.0
+TURN_TIMEOUT = 60.0  # a crowd of writers on a slow disk takes turns
 HASHED_FILES = 16_384
 CHANGES = 3  # how often an entry may be exchanged by another process while it is being read
 
@@ -189,7 +190,7 @@ class DiskStore:
             )
             self._disk: SafeDisk = self._cache.disk
             self._index = Index(self.directory, self._disk, self._lock_timeout)
-            self._lock = TurnLock(self.directory / "writers.lock", self._lock_timeout)
+            self._lock = TurnLock(self.directory / "writers.lock", TURN_TIMEOUT)
             self._sweep_files(fix=True)
         except (OSError, sqlite3.Error, diskcache.Timeout, AttributeError, TypeError) as error:
             raise StoreError(

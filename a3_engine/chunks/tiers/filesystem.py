@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,23 +59,35 @@ class TurnLock:
 
     def __init__(self, path: Path, timeout: float) -> None:
         self._path, self._timeout = path, timeout
+        self._threads = threading.Lock()  # a process sends one of its threads into the crowd
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for it and hold it. Raises `TimeoutError`."""
         deadline = time.monotonic() + self._timeout
-        with self._opened() as handle:
-            while fcntl is not None and not self._taken(handle):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"others have been writing for {self._timeout:g} seconds")
-                time.sleep(random.uniform(0.0005, 0.003))
-            yield
+        late = TimeoutError(f"others have been writing for {self._timeout:g} seconds")
+        if not self._threads.acquire(timeout=self._timeout):
+            raise late
+        try:
+            with self._opened() as handle:
+                while fcntl is not None and not self._taken(handle):
+                    if time.monotonic() > deadline:
+                        raise late
+                    time.sleep(random.uniform(0.0005, 0.003))
+                yield
+        finally:
+            self._threads.release()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[bool]:
         """Hold it where it is free; yields whether it was."""
-        with self._opened() as handle:
-            yield fcntl is not None and self._taken(handle)
+        free = self._threads.acquire(blocking=False)
+        try:
+            with self._opened() as handle:
+                yield free and fcntl is not None and self._taken(handle)
+        finally:
+            if free:
+                self._threads.release()
 
     @staticmethod
     def _taken(handle: int) -> bool:
