@@ -73,7 +73,7 @@ def test_an_exact_turn_goes_on_as_a_full_prefill_would(tiny_engine, architecture
         torch.testing.assert_close(kept, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"full_prefill"}))
+@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"full_prefill", "samkv"}))
 def test_a_follow_up_sees_what_the_turn_before_saw(tiny_engine, selector):
     """One turn at a time over kept caches, or the same tokens fed to the first turn's cache."""
     engine = tiny_engine()
@@ -87,6 +87,17 @@ def test_a_follow_up_sees_what_the_turn_before_saw(tiny_engine, selector):
         expected = model(torch.tensor([longer.ids[n:]]), past_key_values=cache).logits[0, -1]
     kept = follow_up_logits(engine, longer, method, reuse=True)
     torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method", [{"selector": "samkv", "ratio": 0.5}, {"compression": "snapkv"}], ids=str
+)
+def test_a_cache_that_leaves_tokens_out_serves_its_own_request_alone(tiny_engine, method):
+    engine = tiny_engine()
+    first = engine.generate(first_turn(), max_new_tokens=6, **method)
+    longer = [*first_turn(), Message("assistant", first.text), Message("user", "Why?")]
+    assert engine.generate(longer, max_new_tokens=6, **method).report.reused_turn_tokens == 0
+    assert not engine.runtime.turns._turns
 
 
 def test_a_conversation_reports_what_it_kept(tiny_engine):
