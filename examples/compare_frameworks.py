@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from a3_integrations.langchain import ChatA3
 from langchain_core.messages import HumanMessage
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from llama_index.core.base.llms.types import ChatMessage
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from a3_engine import A3Engine
 from a3_engine.evaluation.datasets import articles, sample_examples
+from a3_integrations.langchain import ChatA3
 from a3_integrations.llama_index import A3LLM
 
 QUESTION = "Which of these places is the largest city by population?"
