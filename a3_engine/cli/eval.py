@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.chunking import CHUNK_TOKENS, Chunker
+from a3_engine.evaluation.datasets import FORMS
 from a3_engine.evaluation.rows import Row
 from a3_engine.evaluation.run import evaluate
 from a3_engine.evaluation.summary import summarize
@@ -28,7 +30,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "eval",
         help="compare methods side by side",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="tasks:\n" + "\n".join(f"  {t.name:<10} {t.about}" for t in TASKS.values()),
+        epilog="tasks:\n"
+        + "\n".join(f"  {t.name:<10} {t.about}" for t in TASKS.values())
+        + "\n\ndata:\n"
+        + textwrap.indent(FORMS, "  "),
     )
     run.add_argument("task", nargs="?", choices=tuple(TASKS), default="fidelity")
     run.add_argument(
@@ -36,8 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=Path,
         action="append",
         default=[],
-        help="JSON lines of questions with passages, or of LongBench's form; repeatable; "
-        "the shipped sample if absent",
+        help="JSON lines in one of the forms below; repeatable; the shipped sample if absent",
     )
     run.add_argument(
         "--methods",
