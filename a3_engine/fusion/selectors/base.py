@@ -1,7 +1,8 @@
 """What a selector is: a frozen dataclass that says which chunk tokens are recomputed.
 
-There are three kinds, by what they look at. The fusion pass runs the dense layers or the scoring
-pass that a kind needs, and asks once.
+There are four kinds, by what they look at: the layout, one layer's states, the question's
+attention, or, block by block, what is kept at all. The engine runs the layers or the scoring pass
+that a kind needs, and asks once.
 """
 
 from __future__ import annotations
