@@ -20,7 +20,6 @@ from a3_engine.fusion.selectors import DEFAULT
 from a3_engine.method import Method, make_method
 from a3_engine.model.gguf import DEMO_MODEL
 
-FIXED_RATIO = {"full_prefill", "full_reuse"}
 QUICK_ROWS, QUICK_LENGTHS = 6, "1024"
 
 
@@ -120,11 +119,9 @@ def run_eval(options: argparse.Namespace) -> None:
 def _methods(names: Sequence[str], ratios: Sequence[float], keep: float | None) -> list[Method]:
     methods = []
     for name in names:
-        fixed = name.partition("+")[0] in FIXED_RATIO
-        methods += [
-            make_method(name, ratio, keep if "+" in name else None)
-            for ratio in ([None] if fixed else ratios)
-        ]
+        method = make_method(name, keep=keep)
+        fixed = method.selector.ratio in (0.0, 1.0)  # full reuse, full prefill
+        methods += [method] if fixed else [make_method(name, ratio, keep) for ratio in ratios]
     return methods
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from a3_engine.decoding.compression.base import Compressor
     from a3_engine.fusion.fuse import FusionPass
 
+# Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
+# rows are written; may change in place what is stored, and the rows.
+Correction = Callable[[int, "FusedLayer", torch.Tensor, torch.Tensor, torch.Tensor], None]
 ROOM = 256  # tokens added when a buffer is full; a doubled 4k prompt would waste memory
 
 
@@ -180,6 +183,11 @@ class FusedCache(Cache):
         cache = self.gathered([positions] * len(self.layers), room)
         cache.positions = positions
         return cache
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer is."""
+        return [layer.device for layer in self.layers]
 
     @property
     def prompt_nbytes(self) -> int:

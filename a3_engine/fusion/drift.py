@@ -9,6 +9,7 @@ After the idea of AgentKVShift (arXiv 2607.21604), which adds one mean move to a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +48,23 @@ class Drift:
         Chunk tokens are moved; those marked exact are not, and are no probes either.
     rotation : Rotation
         To compare and move keys without position.
+    devices : sequence of torch.device
+        Where each layer is.
     """
 
-    def __init__(self, repair: DriftRepair, layout: Layout, rotation: Rotation) -> None:
+    def __init__(
+        self,
+        repair: DriftRepair,
+        layout: Layout,
+        rotation: Rotation,
+        devices: Sequence[torch.device],
+    ) -> None:
         self._repair = repair
         self._movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
         for span in layout.chunks:
             if not span.exact:
                 self._movable[span.start : span.stop] = True
-        self._tables = rotation.tables(torch.arange(layout.n_tokens))
+        self._tables = rotation.tables(torch.arange(layout.n_tokens), devices)
         where = self._movable.nonzero()[:, 0].tolist() or [0]
         self._span = slice(where[0], where[-1] + 1)
         self._share = repair.strength * self._movable[self._span]
@@ -85,7 +94,7 @@ class Drift:
             is_probe = is_probe[torch.linspace(0, len(is_probe) - 1, limit).long()]
         keys, values = (state[0] for state in layer.stored())
         device, dtype = keys.device, keys.dtype
-        cos, sin = (table.to(device) for table in self._tables[index])
+        cos, sin = self._tables[index]
         at, which = rows[is_probe].to(device), is_probe.to(device)
 
         key_move = (fresh_key[0, :, which] - keys[:, at]).float()
@@ -95,7 +104,7 @@ class Drift:
 
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
         keys, values = keys[:, self._span], values[:, self._span]
-        share = self._share.to(device, dtype)
+        share = self._share = self._share.to(device, dtype)  # moves on with the layers' device
         probes = torch.nn.functional.normalize(_flat(layer.stored()[1][0][:, at]), dim=1)
         everyone = torch.nn.functional.normalize(_flat(values), dim=1)
         weights = torch.softmax(everyone @ (probes / self._repair.temperature).T, dim=-1)

@@ -17,12 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.fusion.cache import Correction, FusedCache
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import BoundarySelector, LayerSelector, Selector, States
 from a3_engine.model.attention import Observer, Rows, project
-
-Correction = Callable[[int, FusedLayer, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class Abandoned(Exception):
@@ -43,8 +41,7 @@ class FusionPass:
     abandoned : callable
         Asked before every layer; true stops the pass with :class:`Abandoned`.
     correct : callable or None
-        Called with ``(layer's index, its cache, slots of the rows, their keys, their values)``
-        before the rows are written; may move what is stored, and the rows, in place.
+        Called before a layer's rows are written; see `Correction`.
     observer : callable or None
         Sees every attention of the pass; see :class:`~a3_engine.model.attention.Rows`.
 
@@ -134,7 +131,7 @@ class FusionPass:
         rows = Rows(self.rows, self.cache.positions, self.observer)
         cached.rows = rows.keys_before(self.rows)
         cached.before_write = (
-            partial(self._correct, index, cached, cached.rows)
+            partial(self._correct, index, cached, self.rows)
             if self._correct and self.selected is not None
             else None
         )

@@ -49,14 +49,10 @@ def load_chunks(
         return
     # One rotation a layer over all that was loaded costs less than one for every chunk.
     stop = max(start + kv.n_tokens for start, kv in chunks)
-    tables = rotation.tables(torch.arange(stop))
-    on_device: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-    for index, (layer, pair) in enumerate(zip(cache.layers, tables, strict=True)):
+    tables = rotation.tables(torch.arange(stop), cache.devices)
+    for index, (layer, (cos, sin)) in enumerate(zip(cache.layers, tables, strict=True)):
         keys, values = layer.stored()
         for start, kv in chunks:
             keys[0, :, start : start + kv.n_tokens] = kv.keys[index]
             values[0, :, start : start + kv.n_tokens] = kv.values[index]
-        where = (id(pair), keys.device)
-        if where not in on_device:
-            on_device[where] = (pair[0].to(keys.device), pair[1].to(keys.device))
-        rotate_(keys[:, :, :stop], *on_device[where])
+        rotate_(keys[:, :, :stop], cos, sin)

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.drift import Drift
-from a3_engine.fusion.fuse import Correction, FusionPass
+from a3_engine.fusion.fuse import FusionPass
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.lookahead import lookahead_queries
 from a3_engine.fusion.scoring import question_alone, question_attention
@@ -73,9 +72,8 @@ def begin(
         local = local_queries(selector)
         kept = sparse_positions(model, rotation, cache, layout, selector, ids, local)
         cache = cache.narrowed(kept, room)
-    fusion = FusionPass(
-        cache, layout, selector, abandoned, _correction(selector, layout, rotation), observer
-    )
+    correct = selector.correction(layout, rotation, cache.devices)
+    fusion = FusionPass(cache, layout, selector, abandoned, correct, observer)
     if fusion.selected is not None:
         return cache
     if kept is not None:
@@ -84,7 +82,7 @@ def begin(
         look = question_alone if selector.alone else question_attention
         layers = selector.layers(len(cache.layers))
         fusion.take(selector.select(layout, look(model.get_decoder(), cache, fusion, ids, layers)))
-    elif isinstance(selector, LayerSelector) and selector.lookahead:
+    elif isinstance(selector, LayerSelector) and selector.drafted:
         device = model.get_input_embeddings().weight.device
         with fusion.only_fresh():
             logits = model(
@@ -93,13 +91,7 @@ def begin(
                 logits_to_keep=1,
             ).logits
         first = int(logits[0, -1].argmax())
-        drafted = lookahead_queries(model, cache, first, selector.lookahead)
+        drafted = lookahead_queries(model, cache, first, selector.drafted)
         fusion.lookahead = drafted[selector.layer]
         cache.rewind()
     return cache
-
-
-def _correction(selector: Selector, layout: Layout, rotation: Rotation) -> Correction | None:
-    if isinstance(selector, SparseSelector):
-        return selector.merge
-    return Drift(selector.repair, layout, rotation).apply if selector.repair else None

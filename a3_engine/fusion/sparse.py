@@ -95,7 +95,7 @@ def mean_queries(
     torch.Tensor
         fp32, ``(layers, heads, head_dim)``.
     """
-    tables = rotation.tables(layout.question)
+    tables = rotation.tables(layout.question, cache.devices)
     index = torch.searchsorted(layout.fresh, layout.question)
     means: list[torch.Tensor] = []
 
@@ -103,7 +103,7 @@ def mean_queries(
         layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
     ) -> None:
         if layer in layers:
-            cos, sin = (table.to(query.device) for table in tables[layer])
+            cos, sin = tables[layer]
             mine = query[0, :, index.to(query.device)].float()
             rotate_(mine, cos, sin, inverse=True)
             means.append(mine.mean(1))

@@ -8,6 +8,7 @@ the stored key: only the pure rotation is applied here, so it is never applied t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,27 +34,33 @@ class Rotation:
     inv_freq: torch.Tensor
     max_tokens: int | None = None
 
-    def tables(self, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def tables(
+        self, positions: torch.Tensor, devices: Sequence[torch.device] | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Cosines and sines for every layer; layers of equal frequencies share one pair.
 
         Parameters
         ----------
         positions : torch.Tensor
             Integer positions, shape ``(tokens,)``.
+        devices : sequence of torch.device or None
+            Where each layer wants its pair, which layers of one device share; the positions' own
+            device where None.
 
         Returns
         -------
         list of (cos, sin), each fp32 of shape ``(tokens, rotary_dim / 2)``
         """
-        shared: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        shared: dict[tuple[bytes, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         tables = []
-        for row in self.inv_freq:
-            identity = row.numpy().tobytes()
+        homes = devices or [positions.device] * len(self.inv_freq)
+        for row, home in zip(self.inv_freq, homes, strict=True):
+            identity = (row.numpy().tobytes(), home)
             if identity not in shared:
                 # The same expression as in transformers' rotary modules, so that the rounding of
                 # the angle is the same and cancels.
                 angles = positions[:, None].float() * row.to(positions.device)
-                shared[identity] = (angles.cos(), angles.sin())
+                shared[identity] = (angles.cos().to(home), angles.sin().to(home))
             tables.append(shared[identity])
         return tables
 

@@ -107,7 +107,7 @@ def test_drift_follows_the_most_similar_probes(strength):
     )
     rows = torch.tensor([0, 3, 5, 8])
     fresh_key, fresh_value = torch.randn(2, 1, heads, len(rows), size)
-    drift = Drift(DriftRepair(strength, temperature), layout, Rotation(inv_freq))
+    drift = Drift(DriftRepair(strength, temperature), layout, Rotation(inv_freq), [keys.device])
     drift.apply(0, layer, rows, fresh_key, fresh_value)
     layer.write(rows, fresh_key, fresh_value)
 

@@ -8,13 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.decoding.compression.base import (
-    Compressor,
-    attention_weights,
-    best,
-    full_attention_only,
-)
-from a3_engine.decoding.compression.snapkv import SnapKV, pool
+from a3_engine.decoding.compression.base import Compressor, best, full_attention_only
+from a3_engine.decoding.compression.snapkv import SnapKV
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.lookahead import lookahead_queries
 from a3_engine.model.attention import Rows
@@ -91,13 +86,8 @@ class LAQCompressor(Compressor):
             last, visible, scaling = self._last[index]
             query = torch.cat([last, draft], dim=2)
             sees_all = torch.full((draft.shape[2],), layer.n_prompt)
-            weights = attention_weights(
-                query, layer.stored()[0], torch.cat([visible, sees_all]), scaling
+            scores = method.rank(
+                query, layer.stored()[0], torch.cat([visible, sees_all]), scaling, visible - 1
             )
-            total = weights.sum(dim=2).mean(dim=1)
-            inside = (visible - 1).to(total.device)
-            total[:, inside] = 0.0
-            pooled = pool(total, method.kernel, method.pooling)
-            pooled[:, inside] = float("inf")
-            slots[index] = best(pooled, method.budget(layer.n_prompt))
+            slots[index] = best(scores, method.budget(layer.n_prompt))
         return full_attention_only(cache, slots)

@@ -46,18 +46,36 @@ class SnapKV(Compression):
     def score(
         self, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
     ) -> torch.Tensor:
-        positions = rows.positions[-self.window :]
-        visible = rows.keys_before(positions + 1)
-        weights = attention_weights(query[:, :, -len(positions) :], key, visible, scaling)
-        total = weights.sum(dim=2).mean(dim=1)
-        inside = (visible - 1).to(total.device)
-        total[:, inside] = 0.0  # as in the paper, what the window says of itself is not pooled
-        pooled = pool(total, self.kernel, self.pooling)
-        pooled[:, inside] = float("inf")
-        return pooled
+        visible = rows.keys_before(rows.positions[-self.window :] + 1)
+        last = query[:, :, -len(visible) :]
+        return self.rank(last, key, visible, scaling, stays=visible - 1)
 
+    def rank(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        visible: torch.Tensor,
+        scaling: float,
+        stays: torch.Tensor,
+    ) -> torch.Tensor:
+        """Pooled attention of some queries; slots that stay in any case are infinite.
 
-def pool(scores: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
-    """Pool ``(kv_heads, tokens)`` over neighbouring tokens; the length stays."""
-    pooled = avg_pool1d if pooling == "avg" else max_pool1d
-    return pooled(scores[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
+        Parameters
+        ----------
+        visible : torch.Tensor
+            How many of the first keys each query sees.
+        stays : torch.Tensor
+            Slots whose own scores, as in the paper, are not pooled into their neighbours'.
+
+        Returns
+        -------
+        torch.Tensor
+            fp32, ``(kv_heads, tokens)``.
+        """
+        total = attention_weights(query, key, visible, scaling).sum(dim=2).mean(dim=1)
+        stays = stays.to(total.device)
+        total[:, stays] = 0.0
+        pooled = avg_pool1d if self.pooling == "avg" else max_pool1d
+        scores = pooled(total[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
+        scores[:, stays] = float("inf")
+        return scores

@@ -31,8 +31,6 @@ class A3(LayerSelector):
     pool : int
         Width of the average pooling, odd; zeros beyond the ends count in the mean. 1 switches it
         off.
-    lookahead : int
-        Tokens of the answer that are drafted on the reused cache and join the question.
     """
 
     name: ClassVar[str] = "a3"
@@ -78,7 +76,18 @@ class A3Lookahead(A3):
 
     After Lookahead Q-Cache (arXiv 2505.20334). The draft is made by full reuse, before the first
     token: it costs a scoring pass and as many decoding steps as it has tokens.
+
+    Parameters
+    ----------
+    ratio, layer, pool
+        As for `A3`.
+    lookahead : int
+        Tokens of the answer that are drafted; 8 as in Lookahead Q-Cache.
     """
 
     name: ClassVar[str] = "a3_lookahead"
     lookahead: int = 8
+
+    @property
+    def drafted(self) -> int:
+        return self.lookahead

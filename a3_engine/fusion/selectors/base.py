@@ -8,15 +8,17 @@ that a kind needs, and asks once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.drift import DriftRepair
+from a3_engine.fusion.cache import Correction
+from a3_engine.fusion.drift import Drift, DriftRepair
 from a3_engine.fusion.layout import Layout
+from a3_engine.model.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,18 @@ class Selector(ABC):
         """Number of chunk tokens to recompute."""
         return int(len(layout.chunk_positions) * self.ratio)
 
+    def correction(
+        self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]
+    ) -> Correction | None:
+        """What is done to a layer before its computed rows are written over the stored ones.
+
+        Parameters
+        ----------
+        devices : sequence of torch.device
+            Where each layer is.
+        """
+        return Drift(self.repair, layout, rotation, devices).apply if self.repair else None
+
 
 @dataclass(frozen=True)
 class BoundarySelector(Selector):
@@ -78,17 +92,14 @@ class LayerSelector(Selector):
 
     As in the released code of A³ and CacheBlend, the ratio is that of all tokens before the
     question: a prefix counts towards the budget, though its tokens are never picked.
-
-    Parameters
-    ----------
-    layer : int
-        Where it selects.
-    lookahead : int
-        Tokens of the answer to draft on the reused cache first, for their queries; 0 is none.
     """
 
     layer: int = 1
-    lookahead: int = 0
+
+    @property
+    def drafted(self) -> int:
+        """Tokens of the answer to draft on the reused cache first, for their queries."""
+        return 0
 
     def budget(self, layout: Layout) -> int:
         before_question = layout.n_tokens - layout.n_question
@@ -168,24 +179,6 @@ class SparseSelector(Selector):
             head_dim)``. All queries are rotated to the prompt's last position.
         keys : torch.Tensor
             The loaded keys, ``(layers, kv_heads, tokens, head_dim)``, rotated into place.
-        """
-
-    def merge(
-        self,
-        index: int,
-        layer: FusedLayer,
-        slots: torch.Tensor,
-        fresh_key: torch.Tensor,
-        fresh_value: torch.Tensor,
-    ) -> None:
-        """Change the computed rows in place before they are written over the stored ones.
-
-        Parameters
-        ----------
-        slots : torch.Tensor
-            Where in the layer they go.
-        fresh_key, fresh_value : torch.Tensor
-            ``(1, kv_heads, rows, head_dim)``.
         """
 
 

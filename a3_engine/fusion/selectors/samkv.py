@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
-from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.cache import Correction, FusedLayer
 from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors.base import SparseSelector
+from a3_engine.model.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -110,21 +113,30 @@ class SamKV(SparseSelector):
             room -= len(candidates[best])
         return torch.cat(kept)
 
-    def merge(
-        self,
-        index: int,
-        layer: FusedLayer,
-        slots: torch.Tensor,
-        fresh_key: torch.Tensor,
-        fresh_value: torch.Tensor,
-    ) -> None:
+    def correction(
+        self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]
+    ) -> Correction | None:
         if self.update == "overwrite":
-            return
-        at = slots.to(layer.device)
-        for fresh, stored in zip((fresh_key, fresh_value), layer.stored(), strict=True):
-            old = stored[:, :, at]
-            share = torch.cosine_similarity(fresh.float(), old.float(), dim=-1).clamp(min=0.0)
-            fresh.copy_(torch.lerp(old.float(), fresh.float(), share[..., None]))
+            return None
+        return partial(_mean_with_stored, layout.chunk_positions)
+
+
+def _mean_with_stored(
+    chunk_positions: torch.Tensor,
+    index: int,
+    layer: FusedLayer,
+    rows: torch.Tensor,
+    fresh_key: torch.Tensor,
+    fresh_value: torch.Tensor,
+) -> None:
+    """The update by fusion, of chunk tokens alone; see `Correction` for the other parameters."""
+    assert layer.rows is not None
+    which = torch.isin(rows, chunk_positions).nonzero()[:, 0]
+    slots, which = layer.rows[which].to(layer.device), which.to(layer.device)
+    for fresh, stored in zip((fresh_key, fresh_value), layer.stored(), strict=True):
+        new, old = fresh[:, :, which].float(), stored[:, :, slots].float()
+        share = torch.cosine_similarity(new, old, dim=-1).clamp(min=0.0)
+        fresh[:, :, which] = torch.lerp(old, new, share[..., None]).to(fresh.dtype)
 
 
 def _score(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
