@@ -174,22 +174,22 @@ def answer(
     try:
         if report.fused or turn is not None:
             cache = assemble(runtime, prompt, method, room, report, abandoned, turn, reused)
-        with runtime.computing:
-            if abandoned():
-                raise Abandoned
-            began = time.perf_counter()
-            report.finish_reason = decode(
-                runtime.model,
-                runtime.tokenizer,
-                prompt.ids,
-                cache,
-                sampling,
-                emitter,
-                abandoned,
-            )
-            ended = time.perf_counter()
-            if keeps and cache is not None:
-                runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
+        if abandoned():
+            raise Abandoned
+        began = time.perf_counter()
+        report.finish_reason = decode(
+            runtime.model,
+            runtime.tokenizer,
+            prompt.ids,
+            cache,
+            sampling,
+            emitter,
+            abandoned,
+            runtime.shared,
+        )
+        ended = time.perf_counter()
+        if keeps and cache is not None:
+            runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens

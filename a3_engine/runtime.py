@@ -15,6 +15,7 @@ from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fi
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
+from a3_engine.decoding.sharing import SharedForward
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
 from a3_engine.model.support import Support, examine
@@ -30,9 +31,9 @@ MAX_REPORTS = 64
 class Runtime:
     """A loaded model and what serves it.
 
-    ``library`` and ``local_queries`` are None for a model that the gate refused. ``computing`` is
-    held while the model computes: two requests at once on one device take longer than one after
-    the other. ``reports`` are those of the last requests, to be explained.
+    ``library`` and ``local_queries`` are None for a model that the gate refused. ``shared`` lets
+    requests that decode at the same time share their steps. ``reports`` are those of the last
+    requests, to be explained.
     """
 
     name: str
@@ -44,9 +45,14 @@ class Runtime:
     library: ChunkLibrary | None
     local_queries: LocalQueries | None
     fingerprint: str
-    computing: threading.Lock
+    shared: SharedForward
     turns: Turns = field(default_factory=Turns)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
+
+    @property
+    def computing(self) -> threading.Lock:
+        """Held while the model computes."""
+        return self.shared.computing
 
     def close(self) -> None:
         """Release file handles and kept turns."""
@@ -92,7 +98,7 @@ def start(
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
-    computing = threading.Lock()
+    shared = SharedForward.of(model)
     library = None
     if support.rotation is not None:
         library = ChunkLibrary(
@@ -103,7 +109,7 @@ def start(
             engine=engine,
             codec=codec,
             prefix_ids=planner.prefix_ids,
-            computing=computing,
+            computing=shared.computing,
         )
         planner.find = library.catalogue.find
     return Runtime(
@@ -116,5 +122,5 @@ def start(
         library=library,
         local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids),
-        computing=computing,
+        shared=shared,
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from a3_engine.decoding.grammar import FollowGrammar
+from a3_engine.decoding.sharing import SharedForward
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
 
@@ -107,20 +107,6 @@ class _Follow(StoppingCriteria):
         return torch.full((input_ids.shape[0],), halt, device=input_ids.device)
 
 
-@contextmanager
-def _without_own_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile the model has no generation settings of its own.
-
-    transformers fills what a request leaves open from them, also where the request leaves it off.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
@@ -130,11 +116,12 @@ def decode(
     sampling: Sampling,
     emitter: TextEmitter,
     abandoned: Callable[[], bool],
+    shared: SharedForward,
 ) -> str:
     """Generate an answer to the prompt ``ids`` and return why it ended.
 
     A pending `FusedCache` makes the prefill of `generate` the fusion pass; its compressor cuts it
-    behind the first token. None is ordinary prefill.
+    behind the first token. None is ordinary prefill by a model that shares no steps with others.
 
     Returns
     -------
@@ -143,19 +130,22 @@ def decode(
     """
     device = model.get_input_embeddings().weight.device
     inputs = torch.tensor([list(ids)], device=device)
-    own = model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = eos[0] if isinstance(eos, list) else eos
-    ends = eos if isinstance(eos, list) else [eos]
-    extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    if sampling.grammar is not None:
-        extra["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
     compress = None
-    if isinstance(cache, FusedCache) and cache.compressor is not None:
-        compress = partial(cache.compressor.compress, model, cache)
-    with _without_own_defaults(model):
+    if isinstance(cache, FusedCache):
+        if cache.fusion is not None:
+            cache.fusion.last_only = True
+        if cache.compressor is not None:
+            compress = shared.alone(partial(cache.compressor.compress, model, cache))
+    extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    with (
+        shared.own_settings_aside() as own,
+        shared.computing if cache is None else shared.request(cache),
+    ):
+        eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
+        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if sampling.grammar is not None:
+            extra["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from a3_engine.model.attention import Observer
+from a3_engine.model.rows import Observer
 
 if TYPE_CHECKING:
     from a3_engine.decoding.compression.base import Compressor
@@ -80,14 +80,20 @@ class FusedLayer(DynamicLayer):
         self._keys.index_copy_(2, rows, keys)
         self._values.index_copy_(2, rows, values)
 
+    def complete(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the pass's rows, unless that is done."""
+        if self.rows is None:
+            return
+        if self.before_write is not None:
+            self.before_write(keys, values)
+        self.write(self.rows, keys, values)
+        self.rows = self.before_write = None
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.pending:
-            assert self.rows is not None, "a fusion pass sets the rows before it runs a layer"
-            if self.before_write is not None:
-                self.before_write(key_states, value_states)
-            self.write(self.rows, key_states, value_states)
+            self.complete(key_states, value_states)
             self.length = self.n_prompt
         else:
             stop = self.length + key_states.shape[2]
@@ -149,7 +155,7 @@ class FusedCache(Cache):
         What steers the first forward.
     observer : callable or None
         Sees every attention of the tokens behind the prompt; see
-        :class:`~a3_engine.model.attention.Rows`, whose positions are slots here.
+        :class:`~a3_engine.model.rows.Rows`, whose positions are slots here.
     compressor : Compressor or None
         Cuts the cache behind the first token.
     """

@@ -97,24 +97,23 @@ class Drift:
         cos, sin = self._tables[index]
         at, which = rows[is_probe].to(device), is_probe.to(device)
 
-        key_move = (fresh_key[0, :, which] - keys[:, at]).float()
-        rotate_(key_move, cos[at], sin[at], inverse=True)
-        value_move = fresh_value[0, :, which] - values[:, at]
-        moves = torch.cat([_flat(key_move).to(dtype), _flat(value_move)], dim=1)
+        key_moves = (fresh_key[0, :, which] - keys[:, at]).float()
+        rotate_(key_moves, cos[at], sin[at], inverse=True)
+        value_moves = fresh_value[0, :, which] - values[:, at]
+        probes = torch.nn.functional.normalize(_flat(values[:, at]), dim=1)
 
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
         keys, values = keys[:, self._span], values[:, self._span]
         share = self._share = self._share.to(device, dtype)  # moves on with the layers' device
-        probes = torch.nn.functional.normalize(_flat(layer.stored()[1][0][:, at]), dim=1)
-        everyone = torch.nn.functional.normalize(_flat(values), dim=1)
-        weights = torch.softmax(everyone @ (probes / self._repair.temperature).T, dim=-1)
-        shift = (weights @ moves) * share[:, None]
-        heads, _, head_dim = keys.shape
-        width = heads * head_dim
-        key_shift = shift[:, :width].float().view(-1, heads, head_dim).transpose(0, 1)
-        rotate_(key_shift, cos[self._span], sin[self._span])
-        keys += key_shift.to(dtype)
-        values += shift[:, width:].view(-1, heads, head_dim).transpose(0, 1)
+        everyone = _flat(values)
+        lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True, dtype=torch.float32)
+        alike = (everyone @ probes.T) / (lengths * self._repair.temperature).clamp(min=1e-12)
+        weights = torch.softmax(alike, dim=-1).to(dtype) * share[:, None]
+        values += weights @ value_moves
+        key_shift = weights @ key_moves.to(dtype)
+        # The shift is an estimate: the model's own precision is enough to turn it.
+        rotate_(key_shift, cos[self._span], sin[self._span], compute=dtype)
+        keys += key_shift
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from a3_engine.fusion.batch import BatchCache
 from a3_engine.fusion.cache import Correction, FusedCache
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import BoundarySelector, LayerSelector, Selector, States
-from a3_engine.model.attention import Observer, Rows, project
+from a3_engine.model.attention import project
+from a3_engine.model.rows import Observer, Rows
 
 
 class Abandoned(Exception):
@@ -43,7 +45,7 @@ class FusionPass:
     correct : callable or None
         Called before a layer's rows are written; see `Correction`.
     observer : callable or None
-        Sees every attention of the pass; see :class:`~a3_engine.model.attention.Rows`.
+        Sees every attention of the pass; see :class:`~a3_engine.model.rows.Rows`.
 
     Attributes
     ----------
@@ -53,6 +55,9 @@ class FusionPass:
         Sorted positions of all tokens that are computed; until the selection, of all there are.
     lookahead : torch.Tensor or None
         Queries of a drafted answer at the selecting layer, ``(1, heads, drafted, head_dim)``.
+    last_only : bool
+        Whether the forward's caller wants the last token's logits alone: the last layer then
+        computes of the other rows what the cache keeps, their keys and values.
     select_seconds : float
         Time spent on choosing them, with the dense layers or the scoring pass that it took.
     """
@@ -74,11 +79,13 @@ class FusionPass:
         self.lookahead: torch.Tensor | None = None
         self._correct = correct
         self.selected: torch.Tensor | None = None
+        self.last_only = False
         self.select_seconds = 0.0
         self._everything = (
             torch.arange(layout.n_tokens) if cache.positions is None else cache.positions
         )
         self.rows = self._everything
+        self._mask: Rows | None = None
         self._started = time.perf_counter()
         cache.fusion = self
 
@@ -128,15 +135,30 @@ class FusionPass:
         ):
             self._select_at(layer, index, args, kwargs)
         cached = self.cache.layers[index]
-        rows = Rows(self.rows, self.cache.positions, self.observer)
-        cached.rows = rows.keys_before(self.rows)
+        cached.rows = self._shared_mask().keys_before(self.rows)
         cached.before_write = (
             partial(self._correct, index, cached, self.rows)
             if self._correct and self.selected is not None
             else None
         )
-        args, kwargs = self._narrow(args, kwargs)
-        return args, {**kwargs, "attention_mask": rows}
+        mask = self._shared_mask()
+        args, kwargs = _sliced(args, kwargs, self.rows, self.layout.n_tokens)
+        if self.last_only and index == len(self.cache.layers) - 1 and self.observer is None:
+            _, key, value = project(layer, args, kwargs)
+            cached.complete(key, value)
+            mask = Rows(self.rows[-1:], self.cache.positions)
+            args, kwargs = _sliced(args, kwargs, torch.tensor([-1]), len(self.rows))
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _shared_mask(self) -> Rows:
+        """The current rows as a mask, made once for all layers."""
+        if (
+            self._mask is None
+            or self._mask.positions is not self.rows
+            or self._mask.observer is not self.observer
+        ):
+            self._mask = Rows(self.rows, self.cache.positions, self.observer)
+        return self._mask
 
     def _select_at(
         self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -155,27 +177,27 @@ class FusionPass:
         # This layer's states were computed for every token: the fresh ones are the exact ones.
         cached.write(self._everything, key, value)
 
-    def _narrow(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Slice what is still as long as the prompt; hidden states may be narrow already."""
-        n_tokens = self.layout.n_tokens
-        if len(self.rows) == n_tokens:
-            return args, kwargs
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rows = self.rows.to(hidden.device)
-        if hidden.shape[1] == n_tokens:
-            hidden = hidden[:, rows]
-        kwargs = dict(kwargs)
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs["hidden_states"] = hidden
-        if (tables := kwargs.get("position_embeddings")) is not None:
-            kwargs["position_embeddings"] = tuple(table[:, rows] for table in tables)
-        if (positions := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = positions[:, rows]
+
+def _sliced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: torch.Tensor, n_tokens: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """These rows of a layer's input, where it has ``n_tokens``; some may be narrow already."""
+
+    def of(states: torch.Tensor) -> torch.Tensor:
+        return states[:, rows.to(states.device)] if states.shape[1] == n_tokens else states
+
+    if len(rows) == n_tokens:
         return args, kwargs
+    kwargs = dict(kwargs)
+    if args:
+        args = (of(args[0]), *args[1:])
+    else:
+        kwargs["hidden_states"] = of(kwargs["hidden_states"])
+    if (tables := kwargs.get("position_embeddings")) is not None:
+        kwargs["position_embeddings"] = tuple(of(table) for table in tables)
+    if (positions := kwargs.get("position_ids")) is not None:
+        kwargs["position_ids"] = of(positions)
+    return args, kwargs
 
 
 def run_pass(decoder: PreTrainedModel, ids: Sequence[int], cache: FusedCache) -> None:
@@ -185,11 +207,13 @@ def run_pass(decoder: PreTrainedModel, ids: Sequence[int], cache: FusedCache) ->
 
 
 def install_hooks(layers: nn.ModuleList) -> None:
-    """Let a pending `FusedCache` steer these decoder layers; any other call passes untouched."""
+    """Let caches of ours steer these decoder layers; any other call passes untouched."""
 
     def hook_for(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = kwargs.get("past_key_values")
+            if isinstance(cache, BatchCache):
+                return args, {**kwargs, "attention_mask": cache.mask}
             if not isinstance(cache, FusedCache):
                 return None
             if cache.fusion is not None and cache.layers[index].pending:

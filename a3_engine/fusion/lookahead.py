@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.model.attention import Rows
+from a3_engine.model.rows import Rows
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import FusionPass, run_pass
 from a3_engine.fusion.layout import Layout
-from a3_engine.model.attention import Rows
+from a3_engine.model.rows import Rows
 
 
 class _Seen(Exception):
@@ -53,8 +53,10 @@ class AttentionSums:
         scores.view(kv_heads, group, n_question, n_tokens)[..., self._first :].masked_fill_(
             self._after.to(scores.device), float("-inf")
         )
-        weights = torch.softmax(scores, dim=-1)
-        self.by_layer.append(weights.mean(dim=(0, 1), dtype=torch.float32))
+        weights = torch.softmax(scores, dim=-1).flatten(0, 1)
+        # A product adds up in fp32 without a copy of the weights in fp32, as `mean` would make.
+        share = weights.new_full((1, len(weights)), 1 / len(weights))
+        self.by_layer.append((share @ weights)[0].float())
         if layer == self._layers[-1]:
             raise _Seen
 

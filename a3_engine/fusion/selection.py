@@ -19,8 +19,8 @@ from a3_engine.fusion.selectors.base import (
     SparseSelector,
 )
 from a3_engine.fusion.sparse import sparse_positions
-from a3_engine.model.attention import Observer
 from a3_engine.model.rotary import Rotation
+from a3_engine.model.rows import Observer
 
 
 @torch.inference_mode()

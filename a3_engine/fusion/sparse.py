@@ -15,8 +15,8 @@ from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
-from a3_engine.model.attention import Rows
 from a3_engine.model.rotary import Rotation, rotate_
+from a3_engine.model.rows import Rows
 
 REMEMBERED = 4096  # local queries kept in memory; a few kB each
 

@@ -66,9 +66,14 @@ class Rotation:
 
 
 def rotate_(
-    keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, inverse: bool = False
+    keys: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    inverse: bool = False,
+    compute: torch.dtype = torch.float32,
 ) -> None:
-    """Turn ``keys`` in place, computing in fp32.
+    """Turn ``keys`` in place.
 
     Parameters
     ----------
@@ -78,13 +83,14 @@ def rotate_(
         One layer's pair from :meth:`Rotation.tables`.
     inverse : bool
         Turn back to position 0 instead of away from it.
+    compute : torch.dtype
+        Precision of the arithmetic; keys themselves need fp32.
     """
     half = cos.shape[-1]
-    first, second = keys[..., :half].float(), keys[..., half : 2 * half].float()
-    if inverse:
-        sin = -sin
+    cos, sin = cos.to(compute), (-sin if inverse else sin).to(compute)
+    first, second = keys[..., :half].to(compute), keys[..., half : 2 * half].to(compute)
     turned = first * cos - second * sin
-    # In fp32 `first` is a view of the keys, so they are overwritten only now.
+    # `first` may be a view of the keys, so they are overwritten only now.
     keys[..., half : 2 * half] = second * cos + first * sin
     keys[..., :half] = turned
 

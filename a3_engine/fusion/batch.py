@@ -1,0 +1,79 @@
+"""The caches of several requests, as one batch for a decoding step.
+
+Each request keeps its own cache. A step takes one token of each: the model's matrix products see a
+batch, and only attention goes over the caches one by one, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from a3_engine.model.rows import Ragged
+
+
+class BatchLayer:
+    """The caches of one layer."""
+
+    is_sliding = False  # transformers would make a mask for it; attention sees `Ragged` instead
+    is_compileable = False
+    is_initialized = True
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Append each request's key and value; returns every request's whole keys and values."""
+        pairs = [
+            layer.update(keys[place : place + 1], values[place : place + 1])
+            for place, layer in enumerate(self._layers)
+        ]
+        return [key for key, _ in pairs], [value for _, value in pairs]
+
+
+class BatchCache(Cache):
+    """Caches of requests that are all past their first token.
+
+    Parameters
+    ----------
+    caches : sequence of Cache
+        One a request.
+    """
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        by_layer = zip(*(cache.layers for cache in caches), strict=True)
+        super().__init__(layers=[BatchLayer(layers) for layers in by_layer])  # type: ignore[misc]
+        self.lengths = [cache.get_seq_length() for cache in caches]
+        self.mask = Ragged()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.lengths)
+
+
+def step(forward: Any, ids: Sequence[int], caches: Sequence[Cache], device: Any) -> torch.Tensor:
+    """Logits behind one token of each request, shape ``(requests, 1, vocabulary)``.
+
+    Parameters
+    ----------
+    forward : callable
+        The forward of a model whose hooks are installed.
+    ids : sequence of int
+        A token for each request.
+    caches : sequence of Cache
+        Theirs; each grows by its token.
+    """
+    batch = BatchCache(caches)
+    logits: torch.Tensor = forward(
+        input_ids=torch.tensor(ids, device=device)[:, None],
+        position_ids=torch.tensor(batch.lengths, device=device)[:, None],
+        # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
+        attention_mask=torch.empty(1, 1, 1, 1, device=device),
+        past_key_values=batch,
+        use_cache=True,
+    ).logits
+    return logits

@@ -1,0 +1,101 @@
+"""Which keys the rows of a pass see, cut into blocks once for all its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+# A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
+# small one in its caches. An accelerator wants large ones.
+CPU_BLOCK_ROWS, BLOCK_ROWS = 64, 1024
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
+
+
+class Block(NamedTuple):
+    """Rows that are attended together.
+
+    ``keys`` are those that any of them may see. ``hidden``, of shape ``(rows, h)`` on the keys'
+    device, marks which of the last ``h`` of these keys a row does not see; it sees all others.
+    """
+
+    rows: slice
+    keys: slice
+    hidden: torch.Tensor
+
+
+class Scratch:
+    """CPU memory for the scores of a block: new pages for each cost as much as the products."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def take(self, n_values: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialized memory, valid until the next call."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or len(buffer) < n_values:
+            buffer = self._buffers[dtype] = torch.empty(n_values, dtype=dtype)
+        return buffer[:n_values]
+
+
+class Ragged:
+    """Stands in for the attention mask of a decoding step: one row for each of several caches."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stands in for the attention mask of the layers in a pass.
+
+    Parameters
+    ----------
+    positions : torch.Tensor
+        Sorted positions of the query rows, shape ``(rows,)``, on the CPU.
+    key_positions : torch.Tensor or None
+        Sorted positions of the keys, on the CPU; None where key ``j`` stands at position ``j``.
+    observer : callable or None
+        Called with ``(layer's index, query, key, rows, scaling)`` before the attention is computed.
+    """
+
+    positions: torch.Tensor
+    key_positions: torch.Tensor | None = None
+    observer: Observer | None = None
+    _plans: dict[tuple[int | None, torch.device], list[Block]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
+
+    def keys_before(self, positions: torch.Tensor) -> torch.Tensor:
+        """How many keys stand before each of these positions."""
+        if self.key_positions is None:
+            return positions.clamp(min=0)
+        return torch.searchsorted(self.key_positions, positions)
+
+    def blocks(self, window: int | None, device: torch.device) -> list[Block]:
+        """The rows in blocks, for layers with this sliding window on this device."""
+        if (window, device) not in self._plans:
+            self._plans[window, device] = self._cut(window, device)
+        return self._plans[window, device]
+
+    def _cut(self, window: int | None, device: torch.device) -> list[Block]:
+        n_rows = len(self.positions)
+        size = CPU_BLOCK_ROWS if device.type == "cpu" else BLOCK_ROWS
+        stops = self.keys_before(self.positions + 1)
+        starts = self.keys_before(self.positions - window + 1) if window else None
+        blocks = []
+        for at in range(0, n_rows, size):
+            rows = slice(at, min(at + size, n_rows))
+            first = int(starts[at]) if starts is not None else 0
+            last = int(stops[rows.stop - 1])
+            # Without a window, keys up to the block's first row are visible to all its rows.
+            where = torch.arange(first if starts is not None else int(stops[at]) - 1, last)
+            hidden = where >= stops[rows, None]
+            if starts is not None:
+                hidden |= where < starts[rows, None]
+            blocks.append(Block(rows, slice(first, last), hidden.to(device)))
+        return blocks
