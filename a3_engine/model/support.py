@@ -1,8 +1,9 @@
 """The gate: which models may be fused. It fails closed, towards ordinary prefill.
 
 First the structure is read, then the loaded model itself is tried on a few random tokens: a chunk
-computed elsewhere and moved must equal the chunk computed in place, and fusion passes that compute
-everything, or everything around a chunk whose states are exact, must give a full prefill's logits.
+computed elsewhere and moved must equal the chunk computed in place; fusion passes that compute
+everything, or everything around a chunk whose states are exact, must give a full prefill's logits;
+so must a decoding step for two requests at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.fusion.batch import step
 from a3_engine.fusion.fuse import FusionPass, install_hooks
 from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.loading import allocate
@@ -141,6 +143,13 @@ def _self_check(model: PreTrainedModel, decoder: PreTrainedModel, rotation: Rota
                 f"{selector.name} at ratio {selector.ratio} around an exact chunk does not "
                 "reproduce a full prefill"
             )
+    # `near` goes on with its own last token, beside a request of one token.
+    short, last = DynamicCache(), int(ids[0, -1])
+    longer = torch.cat([ids, ids[:, -1:]], dim=1)
+    expected = model(input_ids=longer, past_key_values=DynamicCache(), logits_to_keep=1).logits
+    model(input_ids=ids[:, :1], past_key_values=short, logits_to_keep=1)
+    if not _close(step(model, [last, last], [near, short], device)[0], expected[0], tolerance):
+        raise UnsupportedModelError("a step for two requests differs from a step for one")
 
 
 def _close(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> bool:
