@@ -102,14 +102,15 @@ def assemble(
     if isinstance(selector, SparseSelector) and prefix_ids:
         prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids)).kv
     local = partial(_local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv))
-    with runtime.computing:
+    compressor = method.compression.start() if method.compression else None
+
+    def lay_out() -> FusedCache:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
         load_chunks(cache, rotation, loaded)
         if turn is not None:
             turn.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
-        compressor = method.compression.start() if method.compression else None
-        cache = begin(
+        return begin(
             runtime.model,
             rotation,
             cache,
@@ -121,7 +122,9 @@ def assemble(
             abandoned=abandoned,
             observer=compressor.observe if compressor else None,
         )
-        cache.compressor = compressor
+
+    cache = runtime.computing.run(lay_out)
+    cache.compressor = compressor
     return cache
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from a3_engine.chunks.tiers import open_store
 from a3_engine.decoding.sharing import SharedForward
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
+from a3_engine.model.computing import ComputeThread
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
@@ -50,8 +50,8 @@ class Runtime:
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property
-    def computing(self) -> threading.Lock:
-        """Held while the model computes."""
+    def computing(self) -> ComputeThread:
+        """Where the model computes."""
         return self.shared.computing
 
     def close(self) -> None:

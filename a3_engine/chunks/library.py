@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError
+from a3_engine.model.computing import ComputeThread
 from a3_engine.model.rotary import Rotation
 from a3_engine.prompt import Segment
 
@@ -47,8 +47,8 @@ class ChunkLibrary:
         How chunks are stored. The encode prefix is always raw: every chunk is computed behind it.
     prefix_ids : tuple of int
         What chunks are computed behind; may be empty.
-    computing : threading.Lock
-        Held while the model computes.
+    computing : ComputeThread
+        Where the model computes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ChunkLibrary:
         engine: str,
         codec: str,
         prefix_ids: tuple[int, ...],
-        computing: threading.Lock,
+        computing: ComputeThread,
     ) -> None:
         self.store = store
         self.catalogue = catalogue
@@ -85,8 +85,8 @@ class ChunkLibrary:
         Where it cannot be stored it serves this request alone, with a warning, unless
         ``must_store`` makes that an error.
 
-        Never call this while holding the lock for computing: another thread may hold the flight
-        and wait for that lock.
+        Never call this in the thread that computes: another one may hold the flight and wait for
+        it.
         """
         header = self.header(segment)
         if (stored := self.store.get(header)) is not None:
@@ -97,9 +97,7 @@ class ChunkLibrary:
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(stored.kv(), True, stored.nbytes, 0.0)
-            with self._computing:
-                started = time.perf_counter()
-                kv = encode_chunk(self._decoder, self._rotation, segment.ids, prefix)
+            kv, started = self._computing.run(lambda: self._encode(segment, prefix))
             payload = Payload.of(kv, header)
             try:
                 self.store.put(payload, segment.tag)
@@ -111,6 +109,11 @@ class ChunkLibrary:
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
+
+    def _encode(self, segment: Segment, prefix: ChunkKV | None) -> tuple[ChunkKV, float]:
+        """Its KV, and when that was begun."""
+        started = time.perf_counter()
+        return encode_chunk(self._decoder, self._rotation, segment.ids, prefix), started
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag; returns how many were stored."""

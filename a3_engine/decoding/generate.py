@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -130,29 +129,39 @@ def decode(
     """
     device = model.get_input_embeddings().weight.device
     inputs = torch.tensor([list(ids)], device=device)
-    compress = None
+    compress: Callable[[int], None] | None = None
     if isinstance(cache, FusedCache):
         if cache.fusion is not None:
             cache.fusion.last_only = True
-        if cache.compressor is not None:
-            compress = shared.alone(partial(cache.compressor.compress, model, cache))
-    extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    with (
-        shared.own_settings_aside() as own,
-        shared.computing if cache is None else shared.request(cache),
-    ):
+        if (compressor := cache.compressor) is not None:
+
+            def compress(token: int) -> None:
+                shared.computing.run(lambda: compressor.compress(model, cache, token))
+
+    follow = StoppingCriteriaList([_Follow(emitter, abandoned, compress)])
+    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    with shared.own_settings_aside() as own:
         eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
         ends = eos if isinstance(eos, list) else [eos]
         pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if sampling.grammar is not None:
-            extra["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=sampling.config(eos, pad),
-            stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned, compress)]),
-            **extra,
-        )
+            options["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
+
+        def generate() -> torch.Tensor:
+            output: torch.Tensor = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=sampling.config(eos, pad),
+                stopping_criteria=follow,
+                **options,
+            )
+            return output
+
+        if cache is None:
+            output = shared.computing.run(generate)
+        else:
+            with shared.request(cache):
+                output = generate()
     emitter.end()
     if abandoned():
         return "abandoned"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from a3_engine.fusion.batch import step
+from a3_engine.model.computing import ComputeThread
 
 # How long a step waits for a request that is slow to choose its token, in seconds.
 PATIENCE = 0.05
@@ -45,13 +46,12 @@ class SharedForward:
 
     Attributes
     ----------
-    computing : threading.Lock
-        Held while the model computes: two forwards at once on one device take longer than one
-        after the other.
+    computing : ComputeThread
+        Where all of the model's forwards run.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.computing = threading.Lock()
+        self.computing = ComputeThread()
         self._model = model
         self._own_settings = GenerationConfig()
         self._generating = 0
@@ -110,23 +110,13 @@ class SharedForward:
                 if self._generating == 0:
                     self._model.generation_config = self._own_settings
 
-    def alone(self, work: Callable[[int], None]) -> Callable[[int], None]:
-        """The same work, done while no forward of a request runs."""
-
-        def locked(token: int) -> None:
-            with self.computing:
-                work(token)
-
-        return locked
-
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if id(cache) not in self._requests:
+        if cache is None or id(cache) not in self._requests:
             return self._forward(*args, **kwargs)
         ids = kwargs["input_ids"]
         if ids.shape[1] > 1 or cache.get_seq_length() == 0:
-            with self.computing:
-                return self._forward(*args, **kwargs)
+            return self.computing.run(lambda: self._forward(*args, **kwargs))
         logits = self._meet(_Step(int(ids), cache))
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -157,13 +147,8 @@ class SharedForward:
 
     def _take(self, steps: list[_Step]) -> None:
         try:
-            with self.computing:
-                logits = step(
-                    self._forward,
-                    [each.token for each in steps],
-                    [each.cache for each in steps],
-                    self._device,
-                )
+            tokens, caches = [each.token for each in steps], [each.cache for each in steps]
+            logits = self.computing.run(lambda: step(self._forward, tokens, caches, self._device))
         except BaseException as error:
             for each in steps:
                 each.error = error

@@ -49,8 +49,8 @@ def install(model: PreTrainedModel) -> None:
     def attention(
         module: nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: Any,  # of a decoding step, those of each request
+        value: Any,
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
