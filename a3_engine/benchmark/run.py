@@ -22,7 +22,6 @@ from a3_engine.benchmark.requests import PARTS, Timed, spread, take_turns
 from a3_engine.benchmark.roofline import Shape, work
 from a3_engine.engine import A3Engine
 from a3_engine.fusion.selectors.base import SparseSelector
-from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.method import Method
 
 Row = dict[str, Any]
@@ -87,19 +86,20 @@ def _summary(
     engine: A3Engine, method: Method, timed: Sequence[Timed], peak: int | None, rates: Rates
 ) -> Row:
     report = timed[-1].report
+    by_time = sorted(timed, key=lambda each: each.report.ttft_s)
+    middle = by_time[(len(timed) - 1) // 2]
     decoded = [each.decode_per_s for each in timed if each.report.generated_tokens > 1]
     load_s = statistics.median(each.parts["load"] for each in timed)
     return {
         "method": method.name,
-        "ratio": method.selector.ratio if report.fused else 1.0,
+        "ratio": method.selector.ratio,
         "dtype": str(engine.runtime.model.dtype).removeprefix("torch."),
         "prompt_tokens": report.prompt_tokens,
         "recomputed_tokens": report.recomputed_tokens,
         "fresh_tokens": report.fresh_tokens,
         "ttft_s": spread([each.report.ttft_s for each in timed]),
-        "parts_s": {
-            part: round(statistics.median(each.parts[part] for each in timed), 5) for part in PARTS
-        },
+        # Of one request, so that they add up.
+        "parts_s": {part: round(middle.parts[part], 5) for part in PARTS},
         "decode_per_s": spread(decoded, 2) if decoded else None,
         "bytes_read": report.bytes_read,
         "kv_bytes": report.kv_bytes,
@@ -120,7 +120,7 @@ def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: R
     assert report.trace is not None
     n_tokens = report.prompt_tokens
     rows = torch.arange(n_tokens)
-    if method.selector.ratio < 1.0 and not isinstance(method.selector, FullPrefill):
+    if method.selector.ratio < 1.0:
         layout = report.trace.prompt.layout(engine.runtime.planner.prefix_ids)
         recomputed = torch.tensor(report.trace.recomputed, dtype=torch.long)
         rows = torch.unique(torch.cat([recomputed, layout.fresh]))

@@ -69,7 +69,8 @@ class Efficiency:
     dense_attention : float
         Of the peak, in the attention of a full prefill (only the triangle that is needed counts).
     row_attention : float
-        Of the peak, in the attention of scattered rows under an explicit mask.
+        Of the peak, in the attention of scattered rows: half of a dense one's under an explicit
+        mask, and again about half of that, since what the mask hides is computed too.
     memory, transfer : float
         Of the bandwidths of memory, and of bus, disk and network.
     layer_s : float
@@ -79,7 +80,7 @@ class Efficiency:
     host_cores : int
         That decode.
     decode_gb_s : mapping
-        10^9 bytes of bf16 that one core decodes a second, by codec; measured on an AMD EPYC core.
+        10^9 bytes of bf16 that one core decodes a second, by codec; see docs/performance.md.
     """
 
     linear: float = 0.6
@@ -91,7 +92,7 @@ class Efficiency:
     repair_passes: float = 12.0
     host_cores: int = 8
     decode_gb_s: Mapping[str, float] = field(
-        default_factory=lambda: {"raw": inf, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+        default_factory=lambda: {"raw": inf, "int8": 0.40, "fp8": 0.25, "int4": 0.29}
     )
 
 
