@@ -31,6 +31,10 @@ class Rates:
     matmul: float
     copy: float
 
+    def best(self, other: Rates) -> Rates:
+        """The higher of each."""
+        return Rates(max(self.matmul, other.matmul), max(self.copy, other.copy))
+
 
 def machine() -> dict[str, Any]:
     """What a reader of the figures has to know."""
