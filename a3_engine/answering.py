@@ -152,10 +152,14 @@ def answer(
     method: Method,
     sampling: Sampling,
     started: float,
+    plan_s: float,
     emit: Callable[[str], None],
     abandoned: Callable[[], bool],
 ) -> FusionReport:
-    """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``."""
+    """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``.
+
+    Planning the prompt took ``plan_s`` since then.
+    """
     selector, room = method.selector, sampling.max_new_tokens
     report = FusionReport(
         model=runtime.name,
@@ -163,6 +167,7 @@ def answer(
         ratio=selector.ratio,
         prompt_tokens=prompt.n_tokens,
         fallback_reason=why_prefill(runtime, prompt, method, room),
+        plan_s=plan_s,
     )
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
     # A cache that leaves tokens out serves its own request alone.

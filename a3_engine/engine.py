@@ -383,9 +383,10 @@ class A3Engine:
             )
         settings = Sampling(**options)
         prompt = self.plan(request, chunks)
+        plan_s = time.perf_counter() - started
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
         return lambda emit, abandoned: answer(
-            runtime, prompt, method, settings, started, emit, abandoned
+            runtime, prompt, method, settings, started, plan_s, emit, abandoned
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from a3_engine.decoding.compression import make_compression
@@ -37,3 +38,21 @@ def make_method(name: str, ratio: float | None = None, keep: float | None = None
         make_selector(DEFAULT if selector == "default" else selector, ratio),
         make_compression(compression, keep) if plus else None,
     )
+
+
+def make_methods(
+    names: Sequence[str], ratios: Sequence[float], keep: float | None = None
+) -> list[Method]:
+    """Every method at every ratio; full reuse and full prefill, which have their own, once.
+
+    Raises
+    ------
+    ValueError
+        See :func:`make_method`.
+    """
+    methods = []
+    for name in names:
+        method = make_method(name, keep=keep)
+        fixed = method.selector.ratio in (0.0, 1.0)
+        methods += [method] if fixed else [make_method(name, ratio, keep) for ratio in ratios]
+    return methods

@@ -39,7 +39,8 @@ class FusionReport:
     the ``reused_turn_tokens`` among them; ``created_tokens`` belong to chunks that missed and were
     computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion pass.
     ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
-    ``ttft_s``, the time from the call to the first token, as are ``load_s`` and ``encode_s``.
+    ``ttft_s``, the time from the call to the first token, as are ``plan_s``, from the call to the
+    prompt's token ids, ``load_s`` and ``encode_s``.
     ``kv_bytes`` is what the prompt's keys and values take while a fused request decodes.
     ``fallback_reason`` says why ordinary prefill served the request, and is None for a fused one.
     ``request_id`` leads from a framework's response, which holds `to_dict`, back to the report;
@@ -60,6 +61,7 @@ class FusionReport:
     chunks: list[ChunkUse] = field(default_factory=list)
     kv_bytes: int = 0
     fallback_reason: str | None = None
+    plan_s: float = 0.0
     load_s: float = 0.0
     encode_s: float = 0.0
     select_s: float = 0.0
@@ -145,6 +147,7 @@ class FusionReport:
                 ("resident", f"{_size(self.kv_bytes)} of keys and values"),
             ]
         parts = {
+            "plan": self.plan_s,
             "load": self.load_s,
             "encode misses": self.encode_s,
             "select": self.select_s,

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from a3_engine import A3Error, __version__
-from a3_engine.cli import cache, eval, plot
+from a3_engine.cli import bench, cache, eval, plot
 
-COMMANDS = (eval, plot, cache)
+COMMANDS = (eval, plot, bench, cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from a3_engine.engine import A3Engine
@@ -17,7 +16,7 @@ from a3_engine.evaluation.summary import summarize
 from a3_engine.evaluation.tasks import TASKS
 from a3_engine.evaluation.tasks.base import Source
 from a3_engine.fusion.selectors import DEFAULT
-from a3_engine.method import Method, make_method
+from a3_engine.method import make_methods
 from a3_engine.model.gguf import DEMO_MODEL
 
 QUICK_ROWS, QUICK_LENGTHS = 6, "1024"
@@ -84,7 +83,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     """Print one line for every dataset, method and ratio."""
-    methods = _methods(
+    methods = make_methods(
         options.methods.split(","),
         [float(ratio) for ratio in options.ratios.split(",")],
         options.keep,
@@ -114,15 +113,6 @@ def run_eval(options: argparse.Namespace) -> None:
     engine.close()
     for summary in summarize(rows):
         print(json.dumps(summary) if options.json else _described(summary))
-
-
-def _methods(names: Sequence[str], ratios: Sequence[float], keep: float | None) -> list[Method]:
-    methods = []
-    for name in names:
-        method = make_method(name, keep=keep)
-        fixed = method.selector.ratio in (0.0, 1.0)  # full reuse, full prefill
-        methods += [method] if fixed else [make_method(name, ratio, keep) for ratio in ratios]
-    return methods
 
 
 def _described(summary: Row) -> str:

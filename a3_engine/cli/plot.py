@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from a3_engine.evaluation.plots import PLOTS
 from a3_engine.evaluation.rows import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -32,10 +36,19 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run_plot(options: argparse.Namespace) -> None:
     """Draw one picture into the output file."""
-    if options.output.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{options.output} must end in one of {', '.join(SUFFIXES)}.")
+    check_suffix(options.output)
     rows = [row for path in options.rows for row in read_rows(path)]
     value = {"value": options.value} if options.value else {}
-    figure = PLOTS[options.kind](rows, **value)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output, dpi=150)
+    save(PLOTS[options.kind](rows, **value), options.output)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise `ValueError` for a file that cannot hold a picture."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, with the folders that lead to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

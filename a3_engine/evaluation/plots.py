@@ -42,7 +42,7 @@ def needle_map(rows: Sequence[Row], value: str = "recall") -> Figure:
     low, high = (0.0, 1.0) if value == "recall" else (min(means.values()), max(means.values()))
     better_is_more = value == "recall"
     colours = "cividis" if better_is_more else "cividis_r"  # bright is good
-    figure, panels = _panels(len(methods))
+    figure, panels = make_panels(len(methods))
     for panel, method in zip(panels, methods, strict=True):
         grid = [[means.get((*method, d, n), float("nan")) for n in lengths] for d in depths]
         image = panel.imshow(grid, vmin=low, vmax=high, cmap=colours, aspect="auto")
@@ -93,7 +93,7 @@ def _curves(rows: Sequence[Row], value: str, place: Callable[[Row], float], labe
     summaries = summarize(_of_task(compared, "fidelity", value))
     datasets = list(dict.fromkeys(summary["dataset"] for summary in summaries))
     methods = list(dict.fromkeys(summary["method"] for summary in summaries))
-    figure, panels = _panels(len(datasets))
+    figure, panels = make_panels(len(datasets))
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for panel, dataset in zip(panels, datasets, strict=True):
@@ -148,7 +148,8 @@ def _of_task(rows: Sequence[Row], task: str, value: str) -> list[Row]:
     return found
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure of so many panels, at most four abreast."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,0 +1,114 @@
+"""What the machine does at best: matrix products and copies, timed where the model runs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from a3_engine.benchmark.roofline import Shape
+
+REPEATS = 5
+SQUARE = {"cpu": 2048}  # side of a product that is large for the device
+LARGE_SQUARE = 8192
+COPIED = 2**28  # bytes, far more than caches hold
+LAYERS = 4  # so many layers' weights in turn do not stay in the caches between two products
+ATTENDED_ROWS = 256  # scores of more rows at once would only take memory
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of matrix products in operations a second, of copies in bytes read and written a second."""
+
+    matmul: float
+    copy: float
+
+    def best(self, other: Rates) -> Rates:
+        """The higher of each."""
+        return Rates(max(self.matmul, other.matmul), max(self.copy, other.copy))
+
+
+def machine() -> dict[str, Any]:
+    """What a reader of the figures has to know."""
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            models = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
+        name = ", ".join(sorted(models)) or name
+    return {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@torch.inference_mode()
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """A large square product in the model's dtype, and a large copy; the fastest of five."""
+    side = SQUARE.get(device.type, LARGE_SQUARE)
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return Rates(
+        matmul=2 * side**3 / fastest(lambda: left @ right, device),
+        copy=2 * COPIED / fastest(lambda: target.copy_(source), device),
+    )
+
+
+@torch.inference_mode()
+def linear_rate(model: PreTrainedModel, n_rows: int) -> float:
+    """Operations a second of the model's own linear layers for so many rows."""
+    layers = model.get_decoder().layers[:LAYERS]
+    maps = [each for layer in layers for each in layer.modules() if isinstance(each, nn.Linear)]
+    device = maps[0].weight.device
+    inputs = {
+        each.in_features: torch.randn(n_rows, each.in_features, dtype=model.dtype, device=device)
+        for each in maps
+    }
+
+    def run() -> None:
+        for each in maps:
+            each(inputs[each.in_features])
+
+    return 2 * n_rows * sum(each.weight.numel() for each in maps) / fastest(run, device)
+
+
+@torch.inference_mode()
+def attention_rate(model: PreTrainedModel, n_rows: int, n_keys: int) -> float:
+    """Operations a second of one layer's two products of attention, without its softmax."""
+    shape, device = Shape.of(model.config), model.device
+    rows = shape.heads // shape.kv_heads * min(n_rows, ATTENDED_ROWS)
+    query = torch.randn(shape.kv_heads, rows, shape.head_dim, dtype=model.dtype, device=device)
+    key = torch.randn(shape.kv_heads, n_keys, shape.head_dim, dtype=model.dtype, device=device)
+    flops = 4 * shape.head_dim * shape.kv_heads * rows * n_keys
+    return flops / fastest(lambda: query @ key.transpose(1, 2) @ key, device)
+
+
+def fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of some calls, behind one that warms up."""
+    call()
+    times = []
+    for _ in range(REPEATS):
+        started = now(device)
+        call()
+        times.append(now(device) - started)
+    return min(times)
+
+
+def now(device: torch.device) -> float:
+    """The clock, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

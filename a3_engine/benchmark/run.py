@@ -1,0 +1,147 @@
+"""A whole benchmark: every context length and chunk size, every method at every ratio."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from a3_engine.benchmark.ingestion import measure_ingestion
+from a3_engine.benchmark.prompts import QUESTION, chunk_texts, fitting
+from a3_engine.benchmark.rates import (
+    Rates,
+    attention_rate,
+    linear_rate,
+    machine,
+    measure_rates,
+)
+from a3_engine.benchmark.requests import PARTS, Timed, spread, take_turns
+from a3_engine.benchmark.roofline import Shape, work
+from a3_engine.engine import A3Engine
+from a3_engine.fusion.selectors.base import SparseSelector
+from a3_engine.method import Method
+
+Row = dict[str, Any]
+
+
+def run(
+    engine: A3Engine,
+    contexts: Sequence[int],
+    methods: Sequence[Method],
+    *,
+    chunk_sizes: Sequence[int],
+    repeats: int,
+    answer_tokens: int,
+) -> Row:
+    """Measure; nothing else should compute meanwhile.
+
+    A context that the model's window does not hold is cut; see
+    :func:`~a3_engine.benchmark.prompts.fitting`. Answers have ``answer_tokens`` only where the
+    model does not end them before; decoding is measured from two on.
+
+    Returns
+    -------
+    dict
+        Plain values: ``machine``, ``rates`` (operations and bytes a second), ``ingestion`` and
+        ``results``, one a context, chunk size, method and ratio. Seconds and bytes, but for
+        ``*_per_s``.
+    """
+    model = engine.runtime.model
+    ingestion: list[Row] = []
+    measured: list[tuple[Row, dict[Method, list[Timed]], dict[Method, int | None]]] = []
+    rates = measure_rates(model.device, model.dtype)
+    for size in chunk_sizes:
+        for wanted in contexts:
+            context = fitting(engine, wanted, size, answer_tokens)
+            chunks = chunk_texts(engine.runtime.planner, context, size)
+            place = {"context_tokens": context, "chunk_tokens": min(size, context)}
+            ingestion.append(place | measure_ingestion(engine, chunks, repeats))
+            found: dict[Method, list[Timed]] = {method: [] for method in methods}
+            peaks: dict[Method, int | None] = {}
+            turns = take_turns(
+                engine, QUESTION, chunks, methods, repeats=repeats, answer_tokens=answer_tokens
+            )
+            total = len(methods) * (repeats + 1)
+            for method, each in tqdm(turns, desc=f"{context} tokens by {size}", total=total):
+                if isinstance(each, Timed):
+                    found[method].append(each)
+                else:
+                    peaks[method] = each
+            measured.append((place, found, peaks))
+            # The limit is what the machine does at best, at some time of the run.
+            rates = rates.best(measure_rates(model.device, model.dtype))
+    results = [
+        place | _summary(engine, method, timed, peaks[method], rates)
+        for place, found, peaks in measured
+        for method, timed in found.items()
+    ]
+    return {
+        "machine": machine(),
+        "rates": {"matmul": round(rates.matmul), "copy": round(rates.copy)},
+        "ingestion": ingestion,
+        "results": results,
+    }
+
+
+def _summary(
+    engine: A3Engine, method: Method, timed: Sequence[Timed], peak: int | None, rates: Rates
+) -> Row:
+    report = timed[-1].report
+    by_time = sorted(timed, key=lambda each: each.report.ttft_s)
+    middle = by_time[(len(timed) - 1) // 2]
+    decoded = [each.decode_per_s for each in timed if each.report.generated_tokens > 1]
+    load_s = statistics.median(each.parts["load"] for each in timed)
+    return {
+        "method": method.name,
+        "ratio": method.selector.ratio,
+        "dtype": str(engine.runtime.model.dtype).removeprefix("torch."),
+        "prompt_tokens": report.prompt_tokens,
+        "recomputed_tokens": report.recomputed_tokens,
+        "fresh_tokens": report.fresh_tokens,
+        "ttft_s": spread([each.report.ttft_s for each in timed]),
+        # Of one request, so that they add up.
+        "parts_s": {part: round(middle.parts[part], 5) for part in PARTS},
+        "decode_per_s": spread(decoded, 2) if decoded else None,
+        "bytes_read": report.bytes_read,
+        "kv_bytes": report.kv_bytes,
+        "peak_bytes": peak,
+        # A plain copy reads and writes as many bytes.
+        "load_to_copy": round(load_s * rates.copy / (2 * report.bytes_read), 2)
+        if report.bytes_read
+        else None,
+        "roofline": _roofline(engine, method, timed, rates),
+    }
+
+
+def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: Rates) -> Row | None:
+    """The pass beside its limit; a sparse method's rows do not stand where their positions say."""
+    if isinstance(method.selector, SparseSelector):
+        return None
+    model, report = engine.runtime.model, timed[-1].report
+    assert report.trace is not None
+    n_tokens = report.prompt_tokens
+    rows = torch.arange(n_tokens)
+    if method.selector.ratio < 1.0:
+        layout = report.trace.prompt.layout(engine.runtime.planner.prefix_ids)
+        recomputed = torch.tensor(report.trace.recomputed, dtype=torch.long)
+        rows = torch.unique(torch.cat([recomputed, layout.fresh]))
+    needed = work(Shape.of(model.config), rows, model.dtype.itemsize)
+    linear, attention = linear_rate(model, len(rows)), attention_rate(model, len(rows), n_tokens)
+    limit = needed.seconds(rates.matmul, rates.copy)
+    at_shapes = needed.seconds(linear, rates.copy, attention)
+    measured = statistics.median(each.pass_s for each in timed)
+    return {
+        "rows": len(rows),
+        "flops": needed.flops,
+        "bytes": needed.nbytes,
+        "linear_flops_per_s": round(linear),
+        "attention_flops_per_s": round(attention),
+        "limit_s": round(limit, 5),
+        "limit_at_shapes_s": round(at_shapes, 5),
+        "pass_s": round(measured, 5),
+        "pass_to_limit": round(measured / limit, 2),
+        "pass_to_limit_at_shapes": round(measured / at_shapes, 2),
+    }
