@@ -65,7 +65,7 @@ def peers(folder: str, dtype: torch.dtype, device: str) -> tuple[HuggingFaceLLM,
         max_new_tokens=1,
         is_chat_model=True,
     )
-    # Settings of the pipeline itself: HuggingFacePipeline(pipeline_kwargs=...) is read by no request.
+    # The limit is the pipeline's: no request reads HuggingFacePipeline(pipeline_kwargs=...).
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer, max_new_tokens=1)
     langchain = HuggingFacePipeline(pipeline=generate)
     return llama_index, ChatHuggingFace(llm=langchain, tokenizer=tokenizer)
