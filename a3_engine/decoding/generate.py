@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -19,6 +21,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from a3_engine.decoding.grammar import FollowGrammar
+from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
 
@@ -41,6 +44,9 @@ class Sampling:
         The answer ends before the first of these.
     grammar : str or None
         What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
+    logprobs : int or None
+        How many of the likeliest tokens are reported in each place, beside the answer's own; see
+        :class:`~a3_engine.decoding.logprobs.RecordLogprobs`. None reports nothing.
     """
 
     max_new_tokens: int = 256
@@ -50,6 +56,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     grammar: str | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -62,6 +69,8 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must not be negative, as {self.logprobs} is.")
 
     def config(self, eos_token_id: Any, pad_token_id: int | None) -> GenerationConfig:
         """The same in transformers' terms."""
@@ -130,11 +139,12 @@ def decode(
     sampling: Sampling,
     emitter: TextEmitter,
     abandoned: Callable[[], bool],
+    recorder: RecordLogprobs | None = None,
 ) -> str:
     """Generate an answer to the prompt ``ids`` and return why it ended.
 
     A pending `FusedCache` makes the prefill of `generate` the fusion pass; its compressor cuts it
-    behind the first token. None is ordinary prefill.
+    behind the first token. None is ordinary prefill. A recorder takes down log probabilities.
 
     Returns
     -------
@@ -150,8 +160,9 @@ def decode(
         pad = eos[0] if isinstance(eos, list) else eos
     ends = eos if isinstance(eos, list) else [eos]
     extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    processors: list[LogitsProcessor] = [] if recorder is None else [recorder]
     if sampling.grammar is not None:
-        extra["logits_processor"] = [FollowGrammar(tokenizer, sampling.grammar, ends)]
+        processors.append(FollowGrammar(tokenizer, sampling.grammar, ends))
     compress = None
     if isinstance(cache, FusedCache) and cache.compressor is not None:
         compress = partial(cache.compressor.compress, model, cache)
@@ -160,6 +171,7 @@ def decode(
             inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=sampling.config(eos, pad),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([_Follow(emitter, abandoned, compress)]),
             **extra,
         )
