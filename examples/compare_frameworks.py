@@ -66,7 +66,8 @@ def peers(folder: str, dtype: torch.dtype, device: str) -> tuple[HuggingFaceLLM,
         is_chat_model=True,
     )
     # The limit is the pipeline's: no request reads HuggingFacePipeline(pipeline_kwargs=...).
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, max_new_tokens=1)
+    settings = {"max_new_tokens": 1, "do_sample": False}
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, **settings)
     langchain = HuggingFacePipeline(pipeline=generate)
     return llama_index, ChatHuggingFace(llm=langchain, tokenizer=tokenizer)
 
