@@ -12,7 +12,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from a3_engine.chunks.kv import ChunkKV
-from a3_engine.decoding.generate import Sampling, decode
+from a3_engine.decoding.generate import decode
+from a3_engine.decoding.logprobs import RecordLogprobs
+from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.cache import FusedCache
@@ -170,6 +172,7 @@ def answer(
         plan_s=plan_s,
     )
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
+    recorder = None if sampling.logprobs is None else RecordLogprobs(sampling.logprobs)
     # A cache that leaves tokens out serves its own request alone.
     keeps = (
         why_not_kept(runtime, prompt, room) is None
@@ -194,6 +197,7 @@ def answer(
             emitter,
             abandoned,
             runtime.shared,
+            recorder,
         )
         ended = time.perf_counter()
         if keeps and cache is not None:
@@ -202,6 +206,7 @@ def answer(
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens
     report.generated_tokens = emitter.n_tokens
+    report.logprobs = recorder.result(runtime.tokenizer, emitter.ids) if recorder else None
     first = emitter.first_token_at or ended
     report.ttft_s, report.decode_s = first - started, ended - first
     report.recompute_s = first - began

@@ -21,7 +21,7 @@ from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
-from a3_engine.decoding.generate import Sampling
+from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
@@ -286,7 +286,7 @@ class A3Engine:
         selector, ratio, compression, keep
             Override the engine's method for this request.
         **sampling
-            Fields of :class:`~a3_engine.decoding.generate.Sampling`.
+            Fields of :class:`~a3_engine.decoding.sampling.Sampling`.
 
         Raises
         ------

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.prompt import Prompt
 
 
@@ -43,6 +44,7 @@ class FusionReport:
     prompt's token ids, ``load_s`` and ``encode_s``.
     ``kv_bytes`` is what the prompt's keys and values take while a fused request decodes.
     ``fallback_reason`` says why ordinary prefill served the request, and is None for a fused one.
+    ``logprobs`` has an entry for each token of the answer where the request asked for them.
     ``request_id`` leads from a framework's response, which holds `to_dict`, back to the report;
     ``trace`` is what `A3Engine.explain` draws.
     """
@@ -69,6 +71,7 @@ class FusionReport:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     finish_reason: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     trace: Trace | None = field(default=None, repr=False, compare=False)
 
@@ -94,9 +97,9 @@ class FusionReport:
         return sum(chunk.nbytes for chunk in self.chunks if not chunk.hit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for logs and framework metadata; chunk texts are left out."""
+        """Plain values for logs and framework metadata, without chunk texts and `logprobs`."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        del values["trace"]
+        del values["trace"], values["logprobs"]
         values["chunks"] = len(self.chunks)
         values |= {
             "fused": self.fused,

@@ -14,10 +14,10 @@ from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fi
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
-from a3_engine.decoding.sharing import SharedForward
+from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
-from a3_engine.model.computing import ComputeThread
+from a3_engine.model.computing import Computing
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
@@ -45,12 +45,12 @@ class Runtime:
     library: ChunkLibrary | None
     local_queries: LocalQueries | None
     fingerprint: str
-    shared: SharedForward
+    shared: SharedDecoding
     turns: Turns = field(default_factory=Turns)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property
-    def computing(self) -> ComputeThread:
+    def computing(self) -> Computing:
         """Where the model computes."""
         return self.shared.computing
 
@@ -98,7 +98,7 @@ def start(
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
-    shared = SharedForward.of(model)
+    shared = SharedDecoding(model)
     library = None
     if support.rotation is not None:
         library = ChunkLibrary(

@@ -62,25 +62,15 @@ def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Mess
 
 def call_grammar(tools: Sequence[Tool]) -> str:
     """A grammar of exactly one call of one of the tools, with arguments that fit its schema."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": {"type": "object", "properties": {}}
-                | tool["function"].get("parameters", {}),
-            },
-            "required": ["name", "arguments"],
-        }
-        for tool in tools
-    ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {_compiled(schema)}'
+    return f"start: call\n{_call_rules(tools)}"
 
 
-def json_grammar(schema: dict[str, Any]) -> str:
-    """A grammar of JSON that fits a schema."""
-    return f"start: %json {_compiled(schema)}"
+def json_grammar(schema: dict[str, Any], tools: Sequence[Tool] = ()) -> str:
+    """A grammar of JSON that fits a schema, or of one call where there are tools."""
+    answer = f"answer: %json {_compiled(schema)}"
+    if not tools:
+        return f"start: answer\n{answer}"
+    return f"start: answer | call\n{answer}\n{_call_rules(tools)}"
 
 
 @dataclass(frozen=True)
@@ -149,6 +139,23 @@ def _joined(parts: Iterable[str | Chunk]) -> list[str | Chunk]:
         else:
             joined.append(part)
     return joined
+
+
+def _call_rules(tools: Sequence[Tool]) -> str:
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "arguments": {"type": "object", "properties": {}}
+                | tool["function"].get("parameters", {}),
+            },
+            "required": ["name", "arguments"],
+        }
+        for tool in tools
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return f'call: "{OPEN}\\n" body "\\n{CLOSE}"\nbody: %json {_compiled(schema)}'
 
 
 def _compiled(schema: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Features of `HuggingFaceLLM` and `A3LLM` side by side, each row run on the same model folder.
 
-    pip install 'a3-integrations[gguf,llama-index,compare]'
+    pip install -e ".[gguf,llama-index,compare]"   # in a checkout
 
 Prints a Markdown table. A probe returns whether the feature works; one that raises says no.
 """
@@ -8,25 +8,19 @@ Prints a Markdown table. A probe returns whether the feature works; one that rai
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from features import PASSAGES, PROMPT, both_ways, event_loop_is_free, table_row, works
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.huggingface import HuggingFaceLLM
 from pydantic import BaseModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3_engine import A3Engine
 from a3_integrations.llama_index import A3LLM
 
-PROMPT = "Name the colours of the rainbow."
 MESSAGES = [ChatMessage(role="user", content=PROMPT)]
-PASSAGES = [
-    f"The mill number {n} ground corn in the valley until the year 19{n}." for n in (11, 27)
-]
 Make = Callable[..., Any]
 
 
@@ -47,24 +41,6 @@ def counted(make: Make, call: Callable[[Any], object]) -> bool:
 
 def llm_tokenizer(llm: Any) -> Any:
     return llm.engine.runtime.tokenizer if isinstance(llm, A3LLM) else llm._tokenizer
-
-
-def event_loop_is_free(make: Make) -> bool:
-    async def run() -> int:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0.01)
-                ticks += 1
-
-        ticker = asyncio.create_task(tick())
-        await make(max_new_tokens=24).achat(MESSAGES)
-        ticker.cancel()
-        return ticks
-
-    return asyncio.run(run()) > 5
 
 
 def stream_follows_completion_to_prompt(make: Make) -> bool:
@@ -99,7 +75,9 @@ PROBES: dict[str, Callable[[Make], bool]] = {
         bool(asyncio.run(make().acomplete(PROMPT)).text)
         and bool(asyncio.run(make().achat(MESSAGES)).message.content)
     ),
-    "async leaves the event loop free": event_loop_is_free,
+    "async leaves the event loop free": lambda make: event_loop_is_free(
+        lambda: make(max_new_tokens=24).achat(MESSAGES)
+    ),
     "token counts of the model in `TokenCountingHandler`": lambda make: (
         "usage" in make().chat(MESSAGES).raw and counted(make, lambda llm: llm.chat(MESSAGES))
     ),
@@ -126,6 +104,9 @@ PROBES: dict[str, Callable[[Make], bool]] = {
     ),
     "passages from the cache, in any order": passages_in_any_order,
     "next turn goes on with the last one's cache": next_turn,
+    "log probabilities": lambda make: (
+        len(make(max_new_tokens=4).chat(MESSAGES, logprobs=True).logprobs) == 4
+    ),
 }
 
 
@@ -137,22 +118,8 @@ def _runs(make: Make, **options: Any) -> bool:
     return True
 
 
-def works(probe: Callable[[Make], bool], make: Make) -> str:
-    try:
-        return "yes" if probe(make) else "no"
-    except Exception as error:  # a probe may fail in any way that the classes do
-        return f"no ({type(error).__name__})"
-
-
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="a3-features-") as store:
-        demo = A3Engine.from_pretrained("smollm2-135m-instruct")
-        folder = demo.runtime.model.config._name_or_path
-        demo.close()
-        engine = A3Engine.from_pretrained(folder, cache_dir=store)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.runtime.model.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model.generation_config.pad_token_id = tokenizer.eos_token_id
+    with both_ways() as (engine, model, tokenizer):
 
         def plain(**options: Any) -> HuggingFaceLLM:
             fields = {"context_window": 8192, "max_new_tokens": 12, "is_chat_model": True} | options
@@ -161,10 +128,10 @@ def main() -> None:
         def ours(**options: Any) -> A3LLM:
             return A3LLM(engine=engine, **{"max_new_tokens": 12, **options})
 
-        print("| feature | HuggingFaceLLM | A3LLM |\n|---|---|---|")
+        table_row("feature", "HuggingFaceLLM", "A3LLM")
+        table_row(*["---"] * 3)
         for name, probe in PROBES.items():
-            print(f"| {name} | {works(probe, plain)} | {works(probe, ours)} |", flush=True)
-        engine.close()
+            table_row(name, works(probe, plain), works(probe, ours))
 
 
 if __name__ == "__main__":

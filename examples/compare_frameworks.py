@@ -6,7 +6,7 @@ all four the same question over 3,000 tokens of passages in a new order, so that
 they take turns, and the first round, which loads, warms up and stores the passages, is not counted.
 The clock runs from the call to the end of a stream of one token, through the framework.
 
-    pip install 'a3-integrations[gguf,llama-index,langchain,compare]'
+    pip install -e ".[gguf,llama-index,langchain,compare]"   # in a checkout
 
 Both accept transformers 5 (langchain-huggingface 1.2 wants huggingface-hub below 2, which
 transformers 5.23 takes too).
@@ -65,9 +65,10 @@ def peers(folder: str, dtype: torch.dtype, device: str) -> tuple[HuggingFaceLLM,
         max_new_tokens=1,
         is_chat_model=True,
     )
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    settings = {"max_new_tokens": 1, "return_full_text": False}
-    langchain = HuggingFacePipeline(pipeline=generate, pipeline_kwargs=settings)
+    # The limit is the pipeline's: no request reads HuggingFacePipeline(pipeline_kwargs=...).
+    settings = {"max_new_tokens": 1, "do_sample": False}
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, **settings)
+    langchain = HuggingFacePipeline(pipeline=generate)
     return llama_index, ChatHuggingFace(llm=langchain, tokenizer=tokenizer)
 
 

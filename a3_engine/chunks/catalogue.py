@@ -173,15 +173,18 @@ class Catalogue:
         if evictions != self._evictions:
             self._evictions, self._seen = evictions, 0
             self._lengths, self._tails, self._tags = {}, set(), {}
+        (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM chunk_texts").fetchone()
         rows = self._db.execute(
-            "SELECT id, sha256, chars, head, tail, tag FROM chunk_texts "
-            "WHERE id > ? AND engine = ? ORDER BY id",
-            (self._seen, self._engine),
+            # The plus keeps sqlite from going through all of the engine's texts by their index.
+            "SELECT sha256, chars, head, tail, tag FROM chunk_texts "
+            "WHERE id > ? AND id <= ? AND +engine = ?",
+            (self._seen, last, self._engine),
         )
-        for self._seen, sha256, chars, head, tail, tag in rows:
+        for sha256, chars, head, tail, tag in rows:
             self._lengths.setdefault(head, set()).add(chars)
             self._tails.add(tail)
             self._tags[sha256] = tag
+        self._seen = last
 
 
 def _sha256(text: str) -> str:

@@ -18,7 +18,7 @@ from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError
-from a3_engine.model.computing import ComputeThread
+from a3_engine.model.computing import Computing
 from a3_engine.model.rotary import Rotation
 from a3_engine.prompt import Segment
 
@@ -47,7 +47,7 @@ class ChunkLibrary:
         How chunks are stored. The encode prefix is always raw: every chunk is computed behind it.
     prefix_ids : tuple of int
         What chunks are computed behind; may be empty.
-    computing : ComputeThread
+    computing : Computing
         Where the model computes.
     """
 
@@ -61,7 +61,7 @@ class ChunkLibrary:
         engine: str,
         codec: str,
         prefix_ids: tuple[int, ...],
-        computing: ComputeThread,
+        computing: Computing,
     ) -> None:
         self.store = store
         self.catalogue = catalogue

@@ -1,157 +1,89 @@
-"""One forward of the model for all requests that decode at the same time.
+"""Decoding steps that requests take together.
 
-Every request runs transformers' `generate` in a thread of its own. Its prefill is a forward of its
-own too; its later steps meet here: whoever comes first waits for the others that decode, and takes
-one step for all. Products of many rows cost little more than those of one, since reading the
-weights is what takes the time.
+Each request prefills alone. From then on a step is one forward for the newest tokens of all that
+decode: products of many rows cost little more than those of one, since reading the weights is what
+takes the time. A request that comes or goes changes nothing for the others.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import PreTrainedModel
 
+from a3_engine.decoding.reply import Reply
 from a3_engine.fusion.batch import step
-from a3_engine.model.computing import ComputeThread
-
-# How long a step waits for a request that is slow to choose its token, in seconds.
-PATIENCE = 0.05
+from a3_engine.model.computing import Computing
 
 
-@dataclass
-class _Step:
-    """A request's wish for the logits behind its newest token."""
+class SharedDecoding:
+    """The requests of one model that decode at this moment.
 
-    token: int
-    cache: Cache
-    logits: torch.Tensor | None = None
-    error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.logits is not None or self.error is not None
-
-
-class SharedForward:
-    """Stands in for a model's forward; calls outside :meth:`request` go through untouched.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With the hooks of the fusion pass.
 
     Attributes
     ----------
-    computing : ComputeThread
-        Where all of the model's forwards run.
+    computing : Computing
+        Where the model computes.
+    settings : GenerationConfig
+        The model's own generation settings.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.computing = ComputeThread()
         self._model = model
-        self._own_settings = GenerationConfig()
-        self._generating = 0
-        self._forward = model.forward
         self._device = model.get_input_embeddings().weight.device
+        self.computing = Computing.on(self._device)
+        self.settings = model.generation_config
         self._meeting = threading.Condition()
-        self._requests: set[int] = set()
-        self._decoding: set[int] = set()
-        self._steps: list[_Step] = []
+        self._replies: list[Reply] = []
         self._led = False
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> SharedForward:
-        """The model's own one; engines around one model share it."""
-        shared = getattr(model, "_a3_shared", None)
-        if shared is None:
-            shared = cls(model)
-
-            @functools.wraps(model.forward)  # `generate` reads the signature
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return shared._call(*args, **kwargs)
-
-            model._a3_shared = shared  # type: ignore[assignment]
-            model.forward = forward
-        return shared
-
-    @contextmanager
-    def request(self, cache: Cache) -> Iterator[None]:
-        """Meanwhile forwards with this cache belong to one request, and share their steps."""
-        self._requests.add(id(cache))
-        try:
-            yield
-        finally:
-            with self._meeting:
-                self._requests.discard(id(cache))
-                self._decoding.discard(id(cache))
-                self._meeting.notify_all()
-
-    @contextmanager
-    def own_settings_aside(self) -> Iterator[GenerationConfig]:
-        """Meanwhile the model has no generation settings of its own; yields those that it has.
-
-        transformers fills what a request leaves open from them, also where the request leaves it
-        off.
-        """
+    def run(self, reply: Reply) -> None:
+        """Prefill a reply, and decode it to its end; one thread of those that wait leads."""
+        self.computing.run(lambda: self._prefill(reply))
         with self._meeting:
-            if self._generating == 0:
-                self._own_settings = self._model.generation_config
-                self._model.generation_config = GenerationConfig()
-            self._generating += 1
-        try:
-            yield self._own_settings
-        finally:
-            with self._meeting:
-                self._generating -= 1
-                if self._generating == 0:
-                    self._model.generation_config = self._own_settings
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if cache is None or id(cache) not in self._requests:
-            return self._forward(*args, **kwargs)
-        ids = kwargs["input_ids"]
-        if ids.shape[1] > 1 or cache.get_seq_length() == 0:
-            return self.computing.run(lambda: self._forward(*args, **kwargs))
-        logits = self._meet(_Step(int(ids), cache))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    def _meet(self, mine: _Step) -> torch.Tensor:
-        with self._meeting:
-            self._decoding.add(id(mine.cache))
-            self._steps.append(mine)
-            self._meeting.notify_all()
-            self._meeting.wait_for(lambda: mine.done or not self._led)
-            if not mine.done:
-                self._led = True
-                self._meeting.wait_for(self._everyone_is_here, PATIENCE)
-                together, self._steps = self._steps, []
-        if not mine.done:
+            self._replies.append(reply)
+        while self._leads(reply):
             try:
-                self._take(together)
+                self.computing.run(self._step)
             finally:
                 with self._meeting:
                     self._led = False
                     self._meeting.notify_all()
-        if mine.error is not None:
-            raise mine.error
-        assert mine.logits is not None
-        return mine.logits
+        if reply.error is not None:
+            raise reply.error
 
-    def _everyone_is_here(self) -> bool:
-        return len(self._steps) >= len(self._decoding)
+    def _prefill(self, reply: Reply) -> None:
+        logits = self._model(
+            input_ids=reply.ids, past_key_values=reply.cache, logits_to_keep=1
+        ).logits
+        reply.take(logits[:, -1])
 
-    def _take(self, steps: list[_Step]) -> None:
+    def _leads(self, reply: Reply) -> bool:
+        """Wait until this reply has ended, or nobody steps."""
+        with self._meeting:
+            self._meeting.wait_for(lambda: reply.ended or not self._led)
+            if reply.ended:
+                self._replies = [other for other in self._replies if other is not reply]
+            else:
+                self._led = True
+            return not reply.ended
+
+    def _step(self) -> None:
+        with self._meeting:
+            replies = [reply for reply in self._replies if not reply.ended]
         try:
-            tokens, caches = [each.token for each in steps], [each.cache for each in steps]
-            logits = self.computing.run(lambda: step(self._forward, tokens, caches, self._device))
+            tokens = [int(reply.ids[0, -1]) for reply in replies]
+            logits = step(self._model, tokens, [r.cache for r in replies], self._device)
         except BaseException as error:
-            for each in steps:
-                each.error = error
-            raise
-        for place, each in enumerate(steps):
-            each.logits = logits[place : place + 1]
+            for reply in replies:
+                reply.error = error
+            return
+        for place, reply in enumerate(replies):
+            try:
+                reply.take(logits[place])
+            except BaseException as error:  # its own affair
+                reply.error = error

@@ -6,6 +6,7 @@ copy starts in seconds and is checked against the checksum taken when it was mad
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -86,6 +87,22 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
             if not _intact(folder):
                 raise
     return folder
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a model's name stands for a GGUF file, as the demo model's does."""
+    return model.lower() == DEMO_MODEL or model.lower().endswith(".gguf")
+
+
+def unpacked(model: str, cache_dir: Path) -> Path | None:
+    """The folder that `dequantized` made earlier, unchecked; None if there is none or several.
+
+    Several files of one name differ in their checksum, which takes too long to be looked up.
+    """
+    demo = model.lower() == DEMO_MODEL
+    pattern = f"*-{DEMO_SHA256[:16]}" if demo else f"{glob.escape(Path(model).stem)}-{'?' * 16}"
+    folders = list((cache_dir / "models").glob(pattern))
+    return folders[0] if len(folders) == 1 else None
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

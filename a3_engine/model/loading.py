@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -14,7 +15,14 @@ from transformers import (
 )
 
 from a3_engine.errors import ModelLoadError, StoreError
-from a3_engine.model.gguf import DEMO_MODEL, LOADING, demo_gguf, dequantized
+from a3_engine.model.gguf import (
+    DEMO_MODEL,
+    LOADING,
+    demo_gguf,
+    dequantized,
+    is_gguf,
+    unpacked,
+)
 
 
 def default_cache_dir() -> Path:
@@ -71,12 +79,9 @@ def load_model(
     name = str(model)
     if cache_dir.exists() and not cache_dir.is_dir():
         raise StoreError(f"cache_dir is a file: {cache_dir}. Give a folder.")
-    if name.lower() == DEMO_MODEL:
-        source = dequantized(demo_gguf(), cache_dir)
-    elif name.lower().endswith(".gguf"):
-        source = dequantized(Path(model).expanduser(), cache_dir)
-    else:
-        source = Path(model).expanduser()
+    source = Path(model).expanduser()
+    if is_gguf(name):
+        source = dequantized(demo_gguf() if name.lower() == DEMO_MODEL else source, cache_dir)
     where = torch.device(device) if device is not None else best_device()
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or default_dtype(where)
     if not isinstance(kind, torch.dtype):
@@ -99,3 +104,19 @@ def load_model(
         return loaded.to(where).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ModelLoadError(f"{name} cannot be moved to {where}: {error}") from error
+
+
+def known_context_window(model: str, cache_dir: Path) -> int | None:
+    """A model's context window in tokens, if its configuration is on this machine already.
+
+    Nothing is fetched and no weights are read. A GGUF file has to have been unpacked before.
+    """
+    folder = unpacked(model, cache_dir) if is_gguf(model) else Path(model).expanduser()
+    if folder is None:
+        return None
+    location = str(folder) if folder.exists() else model
+    try:
+        config = AutoConfig.from_pretrained(location, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -10,10 +10,11 @@ read from and added to the cache, and the FusionReport in ``response_metadata["a
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import LangSmithParams, LanguageModelInput
+from langchain_core.language_models import LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import (
     BaseChatModel,
     agenerate_from_stream,
@@ -29,6 +30,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field
 
 from a3_engine import FusionReport, Prompt
+from a3_engine.model.loading import default_cache_dir, known_context_window
 from a3_engine.tools import CallReader
 from a3_integrations.langchain.messages import to_engine
 from a3_integrations.langchain.settings import A3Settings, about, usage
@@ -36,6 +38,7 @@ from a3_integrations.langchain.tools import (
     chosen,
     closing_chunk,
     grammar,
+    to_form,
     to_json_schema,
     to_schema,
 )
@@ -59,7 +62,8 @@ class ChatA3(A3Settings, BaseChatModel):
     >>> chain = create_a3_documents_chain(llm, prompt)
 
     Nothing is loaded before the first request. Calls take ``max_tokens``, ``temperature``,
-    ``top_p``, ``top_k``, ``repetition_penalty``, ``stop``, ``selector`` and ``ratio`` too.
+    ``top_p``, ``top_k``, ``repetition_penalty``, ``stop``, ``logprobs``, ``top_logprobs``,
+    ``selector``, ``ratio``, ``compression`` and ``keep`` too.
     """
 
     streaming: bool = Field(default=False, description="Hand tokens to callbacks in invoke, too.")
@@ -79,6 +83,38 @@ class ChatA3(A3Settings, BaseChatModel):
         if ends := stop or self.stop:
             params["ls_stop"] = ends
         return params
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        """What is true of every text model here, and the window if the model's files are here.
+
+        LangChain calls this before the settings have made the engine.
+        """
+        given = self.engine
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
+        name, folder = (given.name, given.cache_dir) if given else (self.model, folder)
+        profile = ModelProfile(
+            name=name,
+            text_inputs=True,
+            image_inputs=False,
+            image_url_inputs=False,
+            pdf_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            image_tool_message=False,
+            pdf_tool_message=False,
+            text_outputs=True,
+            image_outputs=False,
+            audio_outputs=False,
+            video_outputs=False,
+            tool_calling=True,
+            tool_choice=True,
+            structured_output=True,
+            attachment=False,
+            temperature=True,
+        )
+        if window := known_context_window(name, folder):
+            profile["max_input_tokens"] = window
+        return profile
 
     # Answers: everything is an aggregate of the two streams.
 
@@ -237,6 +273,8 @@ class ChatA3(A3Settings, BaseChatModel):
     ) -> Request:
         kwargs = dict(kwargs)
         choice, form = kwargs.pop("tool_choice", None), kwargs.pop("format", None)
+        if response_format := kwargs.pop("response_format", None):
+            form = to_form(response_format)
         tools = kwargs.pop("tools", None) or []
         tools = [] if choice == "none" else [to_schema(tool) for tool in tools]
         options = self._options(stop, kwargs)

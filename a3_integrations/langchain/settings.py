@@ -12,7 +12,10 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
+from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
+from a3_engine.decoding.compression import make_compression
+from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_integrations.langchain.documents import chunk_of
@@ -26,16 +29,21 @@ OF_ENGINE = (
     "trust_remote_code",
     "encode_prefix",
     "size_limit",
+    "codec",
 )
 PER_CALL = (
     "selector",
     "ratio",
+    "compression",
+    "keep",
     "max_tokens",
     "temperature",
     "top_p",
     "top_k",
     "repetition_penalty",
     "stop",
+    "logprobs",
+    "top_logprobs",
 )
 ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
 # Settings of hosted models that chains and tests pass to any model; they say nothing here.
@@ -70,14 +78,25 @@ class A3Settings(BaseModel):
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
     size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    codec: str = Field(
+        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
+    )
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
+    compression: str | None = Field(
+        default=None, description="What cuts the prompt's cache for decoding; the engine's if None."
+    )
+    keep: float | None = Field(default=None, gt=0, le=1, description="Share that it leaves.")
     max_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")
     top_k: int | None = Field(default=None, gt=0, description="Sample among so many tokens.")
     repetition_penalty: float = Field(default=1.0, gt=0, description="1.0 is off.")
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
+    logprobs: bool = Field(default=False, description="Report the tokens' log probabilities.")
+    top_logprobs: int = Field(
+        default=0, ge=0, description="With logprobs: the likeliest tokens in each place, too."
+    )
     engine: A3Engine = Field(
         default=None,  # type: ignore[assignment]
         exclude=True,
@@ -102,6 +121,8 @@ class A3Settings(BaseModel):
     def _a3_engine(self) -> Any:
         if self.selector is not None:
             make_selector(self.selector, self.ratio)  # an unknown one fails here
+        if self.compression is not None:
+            make_compression(self.compression, self.keep)
         given = self.engine
         if given is None or given is _engines.get(self._recipe()):
             self.engine = self._shared()
@@ -201,6 +222,8 @@ class A3Settings(BaseModel):
             )
         options = {name: getattr(self, name) for name in PER_CALL} | given
         options["max_new_tokens"] = options.pop("max_tokens")
+        n_top = options.pop("top_logprobs")
+        options["logprobs"] = n_top if options["logprobs"] else None
         ends = stop if stop is not None else options["stop"]
         options["stop"] = (ends,) if isinstance(ends, str) else tuple(ends or ())
         return options
@@ -221,9 +244,27 @@ def usage(report: FusionReport) -> dict[str, Any]:
 
 def about(report: FusionReport) -> dict[str, Any]:
     """What a response says of the model and of the fusion."""
-    return {
+    said = {
         "model_name": report.model,
         "model_provider": "a3",
         "finish_reason": report.finish_reason,
         "a3": report.to_dict(),
+    }
+    if report.logprobs is not None:
+        said["logprobs"] = {"content": [_openai_logprob(entry) for entry in report.logprobs]}
+    return said
+
+
+def _openai_logprob(entry: TokenLogprob) -> dict[str, Any]:
+    """In the form that OpenAI's models are known by."""
+    top = [_priced(token, logprob) for token, logprob in entry.top]
+    return _priced(entry.token, entry.logprob) | {"top_logprobs": top}
+
+
+def _priced(token: str, logprob: float) -> dict[str, Any]:
+    whole = "\N{REPLACEMENT CHARACTER}" not in token  # else it is a part of a character
+    return {
+        "token": token,
+        "logprob": logprob,
+        "bytes": list(token.encode()) if whole else None,
     }

@@ -59,7 +59,8 @@ def grammar(tools: Sequence[Tool], choice: Any, form: Any) -> str | None:
     Parameters
     ----------
     form
-        None, ``"json"`` for any JSON object, or a JSON schema.
+        None, ``"json"`` for any JSON object, or a JSON schema. Where there are tools of which none
+        has to be called, the model may call one in place of answering.
     """
     forced = chosen(tools, choice)
     if forced and form is not None:
@@ -68,7 +69,25 @@ def grammar(tools: Sequence[Tool], choice: Any, form: Any) -> str | None:
         return call_grammar(forced)
     if form is None:
         return None
-    return json_grammar({"type": "object"} if form == "json" else form)
+    return json_grammar({"type": "object"} if form == "json" else form, tools)
+
+
+def to_form(response_format: dict[str, Any]) -> Any:
+    """OpenAI's ``response_format``, which agents bind, as `grammar` wants it.
+
+    Raises
+    ------
+    ValueError
+        It is of a type that is not there.
+    """
+    kind = response_format.get("type")
+    if kind == "json_schema":
+        return _without_references(response_format["json_schema"]["schema"])
+    if kind not in ("json_object", "text"):
+        raise ValueError(
+            f"There is no response_format of type {kind!r}: use json_schema, json_object or text."
+        )
+    return "json" if kind == "json_object" else None
 
 
 def to_json_schema(schema: Any) -> dict[str, Any]:

@@ -24,32 +24,45 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
-    TextBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport, Message
+from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
+from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_integrations.llama_index.responses import chat_response, completion_response, text_of
 
 # Names that callers of other LLMs use for our settings.
 ALIASES = {"max_tokens": "max_new_tokens"}
-OF_ENGINE = ("cache_dir", "device", "dtype", "trust_remote_code", "encode_prefix", "size_limit")
-PER_CALL = {
+OF_ENGINE = (
+    "cache_dir",
+    "device",
+    "dtype",
+    "trust_remote_code",
+    "encode_prefix",
+    "size_limit",
+    "codec",
+)
+PER_CALL = (
+    "selector",
+    "ratio",
+    "compression",
+    "keep",
     "max_new_tokens",
     "temperature",
     "top_p",
     "top_k",
     "repetition_penalty",
     "stop",
-    "selector",
-    "ratio",
-}
+    "logprobs",
+    "top_logprobs",
+)
 
 
 # The report of what finished last in this thread or task, for who called the LLM from it.
@@ -80,17 +93,28 @@ class A3LLM(LLM):
     trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
+    compression: str | None = Field(
+        default=None, description="What cuts the prompt's cache for decoding; the engine's if None."
+    )
+    keep: float | None = Field(default=None, gt=0, le=1, description="Share that it leaves.")
     encode_prefix: str = Field(
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
     size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    codec: str = Field(
+        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
+    )
     max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")
     top_k: int | None = Field(default=None, gt=0, description="Sample among so many tokens.")
     repetition_penalty: float = Field(default=1.0, gt=0, description="1.0 is off.")
     stop: list[str] = Field(default_factory=list, description="Strings that end the answer.")
+    logprobs: bool = Field(default=False, description="Report the tokens' log probabilities.")
+    top_logprobs: int = Field(
+        default=0, ge=0, description="With logprobs: the likeliest tokens in each place instead."
+    )
 
     _engine: A3Engine = PrivateAttr()
     _last_report: FusionReport | None = PrivateAttr(default=None)
@@ -102,6 +126,8 @@ class A3LLM(LLM):
             raise TypeError(f"A3LLM has no field {', '.join(sorted(unknown))}.")
         if fields.get("selector") is not None:
             make_selector(fields["selector"], fields.get("ratio"))  # an unknown one fails here
+        if fields.get("compression") is not None:
+            make_compression(fields["compression"], fields.get("keep"))
         if engine is not None:
             decided = {name for name in OF_ENGINE if name in fields}
             if decided or model not in (None, engine.name):
@@ -113,13 +139,7 @@ class A3LLM(LLM):
             model = engine.name
         super().__init__(model=model or DEMO_MODEL, **fields)
         self._engine = engine or A3Engine.from_pretrained(
-            self.model,
-            cache_dir=self.cache_dir,
-            device=self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-            encode_prefix=self.encode_prefix,
-            size_limit=self.size_limit,
+            self.model, **{name: getattr(self, name) for name in OF_ENGINE}
         )
 
     @classmethod
@@ -153,25 +173,25 @@ class A3LLM(LLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         answer = self._engine.generate(self._from_messages(messages), **self._options(kwargs))
-        return _chat_response(answer.text, None, self._finish(answer.report))
+        return chat_response(answer.text, None, self._finish(answer.report))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         pieces = self._pieces(self._from_messages(messages), kwargs)
-        return (_chat_response(*piece) for piece in pieces)
+        return (chat_response(*piece) for piece in pieces)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         request = self._from_messages(messages)
         answer = await self._engine.agenerate(request, **self._options(kwargs))
-        return _chat_response(answer.text, None, self._finish(answer.report))
+        return chat_response(answer.text, None, self._finish(answer.report))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         pieces = self._apieces(self._from_messages(messages), kwargs)
-        return (_chat_response(*piece) async for piece in pieces)
+        return (chat_response(*piece) async for piece in pieces)
 
     # Completion
 
@@ -179,14 +199,14 @@ class A3LLM(LLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         request = self._from_prompt(prompt, formatted)
         answer = self._engine.generate(request, **self._options(kwargs))
-        return _completion_response(answer.text, None, self._finish(answer.report))
+        return completion_response(answer.text, None, self._finish(answer.report))
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
         pieces = self._pieces(self._from_prompt(prompt, formatted), kwargs)
-        return (_completion_response(*piece) for piece in pieces)
+        return (completion_response(*piece) for piece in pieces)
 
     @llm_completion_callback()
     async def acomplete(
@@ -194,21 +214,21 @@ class A3LLM(LLM):
     ) -> CompletionResponse:
         request = self._from_prompt(prompt, formatted)
         answer = await self._engine.agenerate(request, **self._options(kwargs))
-        return _completion_response(answer.text, None, self._finish(answer.report))
+        return completion_response(answer.text, None, self._finish(answer.report))
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         pieces = self._apieces(self._from_prompt(prompt, formatted), kwargs)
-        return (_completion_response(*piece) async for piece in pieces)
+        return (completion_response(*piece) async for piece in pieces)
 
     # How
 
     def _from_messages(self, messages: Sequence[ChatMessage]) -> Request:
         if self.messages_to_prompt not in (None, generic_prompt):
             return self._engine.runtime.planner.plan_raw(self.messages_to_prompt(messages))
-        return [Message(message.role.value, _text(message)) for message in messages]
+        return [Message(message.role.value, text_of(message)) for message in messages]
 
     def _from_prompt(self, prompt: str, formatted: bool) -> Request:
         if not formatted and self.completion_to_prompt is not None:
@@ -219,21 +239,14 @@ class A3LLM(LLM):
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
-        if unknown := set(given) - PER_CALL:
+        if unknown := set(given) - set(PER_CALL):
             raise TypeError(
                 f"A3LLM takes no {', '.join(sorted(unknown))} for a call; "
-                f"it takes {', '.join(sorted(PER_CALL))}."
+                f"it takes {', '.join(PER_CALL)}."
             )
-        options = {
-            "selector": self.selector,
-            "ratio": self.ratio,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "repetition_penalty": self.repetition_penalty,
-            "stop": self.stop,
-        } | given
+        options = {name: getattr(self, name) for name in PER_CALL} | given
+        n_top = options.pop("top_logprobs")
+        options["logprobs"] = n_top if options["logprobs"] else None
         stop = options["stop"] or ()
         options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         return options
@@ -267,37 +280,3 @@ class A3LLM(LLM):
         finally:
             stream.close()
         yield text, "", self._finish(stream.report)
-
-
-def _text(message: ChatMessage) -> str:
-    texts = []
-    for block in message.blocks:
-        if not isinstance(block, TextBlock):
-            raise ValueError(
-                f"A3LLM reads text; a {block.block_type!r} block has none. Turn it into text first."
-            )
-        texts.append(block.text)
-    return "\n".join(texts)
-
-
-def _raw(report: FusionReport | None) -> dict[str, Any] | None:
-    if report is None:
-        return None
-    usage = {
-        "prompt_tokens": report.prompt_tokens,
-        "completion_tokens": report.generated_tokens,
-        "total_tokens": report.prompt_tokens + report.generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
-    }
-    return {"usage": usage, "a3": report.to_dict()}
-
-
-def _chat_response(text: str, delta: str | None, report: FusionReport | None) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-    return ChatResponse(message=message, delta=delta, raw=_raw(report))
-
-
-def _completion_response(
-    text: str, delta: str | None, report: FusionReport | None
-) -> CompletionResponse:
-    return CompletionResponse(text=text, delta=delta, raw=_raw(report))

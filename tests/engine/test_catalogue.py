@@ -161,3 +161,22 @@ def test_control_tokens_count_in_finished_prompts_but_not_in_their_chunks(known)
     assert plans.tokenizer.decode(control) == "<|im_start|><|im_end|>"
     with pytest.raises(ValueError, match="empty"):
         plans.plan_raw("")
+
+
+def test_asking_for_news_takes_no_longer_with_more_known_texts(known):
+    """The database's steps for a search that finds nothing new, one text or hundreds known."""
+    catalogue, other = known(LAMP), known(engine="another model")
+
+    def steps() -> int:
+        catalogue.find(SHORE)
+        counted: list[None] = []
+        catalogue._db.set_progress_handler(lambda: counted.append(None), 1)
+        assert found(catalogue, LAMP) == [LAMP]
+        catalogue._db.set_progress_handler(None, 1)
+        return len(counted)
+
+    few = steps()
+    for writer in (catalogue, other):
+        writer.add((f"{number} {SHORE}", None) for number in range(300))
+    assert steps() <= 2 * few
+    assert found(catalogue, f"299 {SHORE}") == [f"299 {SHORE}"]

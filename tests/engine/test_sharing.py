@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from a3_engine.decoding import sharing
 from a3_engine.fusion.batch import step
 from tests.tiny import CONFIGS, VOCABULARY
 
@@ -52,15 +53,13 @@ def ask_all(engine, requests, sampling):
 @pytest.fixture
 def counted(endless, monkeypatch):
     """The engine, and how many requests took part in each of its steps."""
-    shared, sizes = endless.runtime.shared, []
-    plain = shared._forward
+    sizes = []
 
-    def forward(*args, **kwargs):
-        if kwargs["input_ids"].shape[1] == 1:
-            sizes.append(len(kwargs["input_ids"]))
-        return plain(*args, **kwargs)
+    def counting(model, tokens, *rest):
+        sizes.append(len(tokens))
+        return step(model, tokens, *rest)
 
-    monkeypatch.setattr(shared, "_forward", forward)
+    monkeypatch.setattr(sharing, "step", counting)
     return endless, sizes
 
 
@@ -99,15 +98,12 @@ def test_a_request_that_is_dropped_leaves_the_others_alone(counted):
 
 
 def test_an_error_in_a_shared_step_reaches_every_request(endless, monkeypatch):
-    shared = endless.runtime.shared
-    plain = shared._forward
-
-    def forward(*args, **kwargs):
-        if kwargs["input_ids"].shape == (2, 1):
+    def failing(model, tokens, *rest):
+        if len(tokens) == 2:
             raise RuntimeError("the device is gone")
-        return plain(*args, **kwargs)
+        return step(model, tokens, *rest)
 
-    monkeypatch.setattr(shared, "_forward", forward)
+    monkeypatch.setattr(sharing, "step", failing)
     with ThreadPoolExecutor(2) as pool:
         answers = [
             pool.submit(endless.generate, f"Lamp {n}?", max_new_tokens=2000) for n in range(2)
@@ -115,5 +111,23 @@ def test_an_error_in_a_shared_step_reaches_every_request(endless, monkeypatch):
         for answer in answers:
             with pytest.raises(RuntimeError, match="the device is gone"):
                 answer.result()
-    monkeypatch.undo()
     assert endless.generate("Lamp?", max_new_tokens=4).report.generated_tokens == 4
+
+
+def test_an_error_in_one_choice_is_its_own(counted):
+    """A grammar that ends in nothing, say: the other request goes on."""
+    engine, sizes = counted
+    alone = engine.generate("Who keeps the lamp?", max_new_tokens=300).text
+
+    def broken(piece: str) -> None:
+        if max(sizes) > 1:
+            raise ValueError("a reader that breaks")
+
+    sizes.clear()
+    sizes.append(0)
+    with ThreadPoolExecutor(2) as pool:
+        kept = pool.submit(engine.generate, "Who keeps the lamp?", max_new_tokens=300)
+        work = engine._work("What is on the shore?", max_new_tokens=2000)
+        with pytest.raises(ValueError, match="a reader that breaks"):
+            pool.submit(work, broken, lambda: False).result()
+        assert kept.result().text == alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,8 +151,6 @@ def test_no_text_is_lost_or_repeated_by_holding_back(answer, size):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_model_is_forced_to_call(tiny_engine, seed):
     """Even a model that knows nothing makes a call that fits one of the schemas."""
-    import torch
-
     torch.manual_seed(seed)
     engine = tiny_engine()
     options = {"max_new_tokens": 200, "temperature": 1.0, "grammar": call_grammar([TOOL, OTHER])}
@@ -173,6 +172,25 @@ def test_a_grammar_holds_on_a_fused_prompt_too(tiny_engine):
     assert answer.report.fused
     assert set(json.loads(answer.text)) == {"lit"}
     assert answer.report.finish_reason == "stop"
+
+
+def test_beside_tools_an_answer_is_json_or_a_call(tiny_engine):
+    """Whichever a random model chooses, it fits."""
+    engine = tiny_engine()
+    schema = {"type": "object", "properties": {"lit": {"type": "boolean"}}, "required": ["lit"]}
+    kinds = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        options = {"max_new_tokens": 200, "temperature": 1.0, "selector": "full_prefill"}
+        answer = engine.generate("Lit?", grammar=json_grammar(schema, [OTHER]), **options)
+        text, calls, malformed = read(answer.text)
+        assert malformed == []
+        if calls:
+            assert (text, [call.name for call in calls]) == ("", ["ring_bell"])
+        else:
+            assert set(json.loads(text)) == {"lit"}
+        kinds.add(bool(calls))
+    assert kinds == {True, False}
 
 
 def test_a_wrong_grammar_says_so(tiny_engine):

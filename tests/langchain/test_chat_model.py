@@ -8,6 +8,8 @@ import pickle
 import time
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.middleware import SummarizationMiddleware
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.load import dumpd, load
 from langchain_core.messages import HumanMessage
@@ -92,7 +94,7 @@ def test_stop_words_never_appear(llm):
 
 def seconds_until_free(llm: ChatA3) -> float:
     started = time.perf_counter()
-    while llm.engine.runtime.shared._requests:
+    while llm.engine.runtime.shared._replies:
         time.sleep(0.01)
     return time.perf_counter() - started
 
@@ -129,6 +131,39 @@ def test_the_event_loop_stays_free(llm):
     assert asyncio.run(ticks()) > 10
 
 
+@pytest.mark.real_model
+def test_log_probabilities_in_the_form_of_openai(llm):
+    silent = llm.invoke(COUNT)
+    assert "logprobs" not in silent.response_metadata
+    asked = ChatA3(engine=llm.engine, max_tokens=12, logprobs=True, top_logprobs=2)
+    streamed = None
+    for chunk in llm.bind(logprobs=True, top_logprobs=2).stream(COUNT):
+        streamed = chunk if streamed is None else streamed + chunk
+    for answer in (asked.invoke(COUNT), streamed):
+        content = answer.response_metadata["logprobs"]["content"]
+        assert answer.content == silent.content == "".join(entry["token"] for entry in content)
+        assert len(content) == answer.usage_metadata["output_tokens"]
+        for entry in content:
+            first, second = entry["top_logprobs"]  # greedy: the likeliest is what was chosen
+            assert {name: entry[name] for name in first} == first
+            assert 0 >= entry["logprob"] >= second["logprob"]
+            assert bytes(entry["bytes"]).decode() == entry["token"]
+    completion = A3LLM(engine=llm.engine, max_tokens=3, logprobs=True).generate([COUNT])
+    info = completion.generations[0][0].generation_info
+    assert len(info["logprobs"]["content"]) == 3
+
+
+@pytest.mark.real_model
+def test_profile_without_loading(llm):
+    """By the engine's own count where one is given, and from the files of a model by name."""
+    assert llm.profile["max_input_tokens"] == llm.engine.context_window
+    by_name = ChatA3(model="smollm2-135m-instruct")
+    assert by_name.engine._runtime is None
+    assert by_name.profile == llm.profile | {"name": by_name.model}
+    assert "max_input_tokens" not in ChatA3(model="no/such-model").profile
+    SummarizationMiddleware(model=llm, trigger=("fraction", 0.8))  # refuses models without it
+
+
 class Joke(BaseModel):
     setup: str
     funny: bool
@@ -141,6 +176,22 @@ def test_output_that_is_cut_off_is_an_error_or_told_with_the_raw_answer(llm, met
     answer = structured.invoke("Tell a joke.")  # twelve tokens are too few for one
     assert answer["raw"].response_metadata["finish_reason"] == "length"
     assert answer["parsed"] is None
+
+
+@pytest.mark.real_model
+def test_an_agent_answers_in_the_providers_structured_output(llm):
+    """LangChain asks for it in OpenAI's words, of a model whose profile has it."""
+
+    class Length(BaseModel):
+        metres: int
+
+    llm = ChatA3(engine=llm.engine, max_tokens=24)
+    agent = create_agent(llm, response_format=Length)
+    state = agent.invoke({"messages": [("human", "The bridge is 40 metres long. How long is it?")]})
+    assert isinstance(state["structured_response"], Length)
+    assert not state["messages"][-1].tool_calls
+    with pytest.raises(ValueError, match="response_format"):
+        llm.invoke("Hi", response_format={"type": "xml"})
 
 
 @pytest.mark.real_model
@@ -220,6 +271,20 @@ def test_settings_that_contradict_the_engine_are_refused(tiny_engine, cls, setti
         cls(engine=tiny_engine(), **setting)
     engine = tiny_engine()
     assert cls(engine=engine, model=engine.name, cache_dir=str(engine.cache_dir)).engine is engine
+
+
+@pytest.mark.parametrize("cls", [ChatA3, A3LLM])
+def test_settings_of_compression_and_codec_reach_the_engine(tiny_engine, cls):
+    llm = cls(engine=tiny_engine(), max_tokens=2, compression="snapkv", keep=0.5)
+    asked = [[HumanMessage(TEXT)]] if cls is ChatA3 else [TEXT]
+    result = llm.generate(asked).generations[0][0]
+    info = result.message.response_metadata if cls is ChatA3 else result.generation_info
+    assert info["a3"]["compression"] == "snapkv"
+    assert cls(model="no/such-model", codec="int8").engine._settings["codec"] == "int8"
+    with pytest.raises(ValidationError, match="snapkv"):
+        cls(model="no/such-model", compression="snap")
+    with pytest.raises(ValidationError, match="int4"):
+        cls(model="no/such-model", codec="int5")
 
 
 def test_wrong_settings_name_what_is_there(tiny_engine):

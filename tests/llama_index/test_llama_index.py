@@ -183,6 +183,27 @@ def test_stop_and_max_tokens_are_taken_per_call(llm):
         llm.complete("hello", nonsense=1)
 
 
+def test_log_probabilities_for_a_call_and_as_a_field(llm):
+    messages = [ChatMessage(role="user", content=QUESTION)]
+    silent = llm.chat(messages)
+    assert silent.logprobs is None
+    (*_, streamed) = llm.stream_chat(messages, logprobs=True, top_logprobs=2)
+    assert "".join(best.token for best, _ in streamed.logprobs) == silent.message.content
+    assert all(0 >= best.logprob >= second.logprob for best, second in streamed.logprobs)
+    alone = A3LLM(engine=llm.engine, max_new_tokens=12, logprobs=True).chat(messages)
+    assert alone.logprobs == [[best] for best, _ in streamed.logprobs]
+
+
+def test_compression_and_codec_reach_the_engine(llm):
+    answer = llm.complete(QUESTION, compression="snapkv", keep=0.5)
+    assert answer.raw["a3"]["compression"] == "snapkv"
+    assert A3LLM(model="no/such-model", codec="int8").engine._settings["codec"] == "int8"
+    with pytest.raises(ValueError, match="snapkv"):
+        A3LLM(model="no/such-model", compression="snap")
+    with pytest.raises(ValueError, match="codec"):
+        A3LLM(engine=llm.engine, codec="int8")
+
+
 def test_images_are_refused_with_a_way_out(llm):
     message = ChatMessage(role="user", blocks=[ImageBlock(image=b"x")])
     with pytest.raises(ValueError, match="text"):

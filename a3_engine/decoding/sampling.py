@@ -1,0 +1,76 @@
+"""How an answer's tokens are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        Upper bound of the answer's length.
+    temperature : float
+        0 picks the likeliest token; above, the distribution is sampled.
+    top_p, top_k : float, int or None
+        Restrict sampling; None is off.
+    repetition_penalty : float
+        1.0 is off.
+    stop : tuple of str
+        The answer ends before the first of these.
+    grammar : str or None
+        What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
+    logprobs : int or None
+        How many of the likeliest tokens are reported in each place, beside the answer's own; see
+        :class:`~a3_engine.decoding.logprobs.RecordLogprobs`. None reports nothing.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    grammar: str | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, as {self.temperature} is.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p lies above 0 and up to 1, not at {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must not be negative, as {self.logprobs} is.")
+
+    def processors(self, before_sampling: Sequence[LogitsProcessor]) -> LogitsProcessorList:
+        """What logits go through, in transformers' order, with a request's own in their place."""
+        steps = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            steps.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        steps += before_sampling
+        if self.temperature > 0:
+            steps.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k is not None:
+                steps.append(TopKLogitsWarper(self.top_k))
+            if self.top_p is not None and self.top_p < 1.0:
+                steps.append(TopPLogitsWarper(self.top_p))
+        return steps
