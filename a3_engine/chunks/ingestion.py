@@ -44,8 +44,9 @@ def ingest(
                 f"begins with {segment.text[:40]!r}."
             )
     missing = runtime.library.missing(segments)
-    bar = tqdm(missing, desc="Computing KV", unit="chunk", disable=not progress or not missing)
-    for segment in bar:
-        runtime.library.fetch(segment, must_store=True)
+    quiet = not progress or not missing
+    with tqdm(total=len(missing), desc="Computing KV", unit="chunk", disable=quiet) as bar:
+        for _ in runtime.library.store_all(missing):
+            bar.update()
     runtime.library.catalogue.add((segment.text, segment.tag) for segment in segments)
     return Precomputed(len(missing), len(segments) - len(missing))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -79,11 +80,10 @@ class ChunkLibrary:
         self.store.retag({key: tag for key in stored if (tag := by_key[key].tag) is not None})
         return [segment for key, segment in by_key.items() if key not in stored]
 
-    def fetch(self, segment: Segment, *, must_store: bool = False) -> Fetched:
+    def fetch(self, segment: Segment) -> Fetched:
         """Load a segment's KV, or compute and store it, and know its text from then on.
 
-        Where it cannot be stored it serves this request alone, with a warning, unless
-        ``must_store`` makes that an error.
+        Where it cannot be stored it serves this request alone, with a warning.
 
         Never call this in the thread that computes: another one may hold the flight and wait for
         it.
@@ -91,29 +91,63 @@ class ChunkLibrary:
         header = self.header(segment)
         if (stored := self.store.get(header)) is not None:
             return Fetched(stored.kv(), True, stored.nbytes, 0.0)
-        prefix = None
-        if segment.kind == "chunk" and self.prefix_ids:
-            prefix = self.fetch(Segment("prefix", self.prefix_ids)).kv
+        prefix = self._prefix(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(stored.kv(), True, stored.nbytes, 0.0)
-            kv, started = self._computing.run(lambda: self._encode(segment, prefix))
-            payload = Payload.of(kv, header)
+            payload, started = self._compute(segment, prefix)
             try:
-                self.store.put(payload, segment.tag)
-                self.catalogue.add([(segment.text, segment.tag)])
+                self._keep(payload, segment)
             except StoreError as error:
-                if must_store:
-                    raise
                 logger.warning("%s The chunk serves this request only.", error)
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
-    def _encode(self, segment: Segment, prefix: ChunkKV | None) -> tuple[ChunkKV, float]:
-        """Its KV, and when that was begun."""
-        started = time.perf_counter()
-        return encode_chunk(self._decoder, self._rotation, segment.ids, prefix), started
+    def store_all(self, segments: Sequence[Segment]) -> Iterator[Segment]:
+        """Compute and store segments that are missing; each is yielded when it is durable.
+
+        While one is written, the next is computed.
+
+        Raises
+        ------
+        StoreError
+            A segment cannot be written; those yielded before are stored.
+        """
+        with ThreadPoolExecutor(1, "a3-store") as writer:
+            written: Future[None] | None = None
+            before: Segment | None = None
+            for segment in segments:
+                prefix = self._prefix(segment)
+                with self._flights.of(self.header(segment).key):
+                    payload, _ = self._compute(segment, prefix)
+                if written is not None and before is not None:
+                    written.result()
+                    yield before
+                written, before = writer.submit(self._keep, payload, segment), segment
+            if written is not None and before is not None:
+                written.result()
+                yield before
+
+    def _prefix(self, segment: Segment) -> ChunkKV | None:
+        """What a segment is computed behind."""
+        if segment.kind != "chunk" or not self.prefix_ids:
+            return None
+        return self.fetch(Segment("prefix", self.prefix_ids)).kv
+
+    def _compute(self, segment: Segment, prefix: ChunkKV | None) -> tuple[Payload, float]:
+        """A segment's payload, and when its computation began."""
+
+        def encode() -> tuple[ChunkKV, float]:
+            started = time.perf_counter()
+            return encode_chunk(self._decoder, self._rotation, segment.ids, prefix), started
+
+        kv, started = self._computing.run(encode)
+        return Payload.of(kv, self.header(segment)), started
+
+    def _keep(self, payload: Payload, segment: Segment) -> None:
+        self.store.put(payload, segment.tag)
+        self.catalogue.add([(segment.text, segment.tag)])
 
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag; returns how many were stored."""

@@ -88,11 +88,14 @@ def rotate_(
     """
     half = cos.shape[-1]
     cos, sin = cos.to(compute), (-sin if inverse else sin).to(compute)
-    first, second = keys[..., :half].to(compute), keys[..., half : 2 * half].to(compute)
-    turned = first * cos - second * sin
-    # `first` may be a view of the keys, so they are overwritten only now.
-    keys[..., half : 2 * half] = second * cos + first * sin
-    keys[..., :half] = turned
+    states = keys[..., : 2 * half].to(compute)
+    first, second = states[..., :half], states[..., half:]
+    turned = torch.empty_like(states)
+    torch.mul(first, cos, out=turned[..., :half])
+    torch.mul(second, cos, out=turned[..., half:])
+    turned[..., :half].addcmul_(second, sin, value=-1)
+    turned[..., half:].addcmul_(first, sin)
+    keys[..., : 2 * half] = turned
 
 
 def read_rotation(decoder: PreTrainedModel) -> Rotation:
