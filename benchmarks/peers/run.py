@@ -5,7 +5,8 @@ each round all of them answer the same prompt, one after the other: 4,096 tokens
 chunks of 512, and a question. The question and the order of the chunks are others each time, so a
 cache of prefixes holds the template's head and no more; ``--same-order`` keeps the order, which is
 what such caches are made for. The first round warms up, and stores the chunks of our engine; it is
-not counted. The clock runs inside the worker, from the request to the first token.
+not counted. The clock runs inside the worker, from the request to the first token. A row says so
+where anything else, an idle worker included, used a fifth of a processor meanwhile.
 
     export OMP_NUM_THREADS=2
     python benchmarks/peers/run.py --llama-cpp PYTHON --gguf-f16 FILE --vllm PYTHON \\
@@ -39,6 +40,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,7 @@ class System:
     ttft: list[float] = field(default_factory=list)
     reused: list[int | None] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
 
 
 class Worker:
@@ -77,15 +80,14 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.version = self._read()["version"]
-        self.idle_cpu_s = 0.0
-        self._rested = self._cpu_seconds()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.idle_cpu_s += self._cpu_seconds() - self._rested
+        """The worker's answer, with ``others``: what else the processors did, in processors."""
+        started, busy, own = time.perf_counter(), busy_seconds(), self._cpu_seconds()
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self._read()
-        self._rested = self._cpu_seconds()
-        return answer
+        others = (busy_seconds() - busy) - (self._cpu_seconds() - own)
+        return answer | {"others": max(0.0, others) / (time.perf_counter() - started)}
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -102,6 +104,12 @@ class Worker:
         own = psutil.Process(self.process.pid)
         times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
         return sum(each.user + each.system for each in times)
+
+
+def busy_seconds() -> float:
+    """Processor time that the whole machine has spent."""
+    times = psutil.cpu_times()
+    return times.user + times.system + getattr(times, "nice", 0.0)
 
 
 def systems(options: argparse.Namespace, model: Path) -> list[System]:
@@ -168,6 +176,7 @@ def main() -> None:
                 system.ttft.append(answer["ttft_s"])
                 system.reused.append(answer["reused_tokens"])
                 system.texts.append(answer["text"])
+                system.others.append(answer["others"])
     for worker in workers.values():
         worker.close()
     results = [row(system, taking_part[0], workers[system.command]) for system in taking_part]
@@ -185,10 +194,11 @@ def row(system: System, reference: System, worker: Worker) -> dict[str, Any]:
         "system": system.name,
         "version": worker.version,
         "ttft_s": {"median": median, "min": min(system.ttft), "max": max(system.ttft)},
+        "ttft_each_s": system.ttft,
         "of_full_prefill": median / statistics.median(reference.ttft),
         "reused_tokens": system.reused,
         "same_first_token": statistics.mean(map(str.__eq__, system.texts, reference.texts)),
-        "idle_cpu_s": worker.idle_cpu_s,
+        "others": system.others,
     }
 
 
@@ -210,8 +220,9 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{times['max']:>8.3f}s {each['of_full_prefill']:>8.3f} "
             f"{each['same_first_token']:>11.0%}  {each['reused_tokens']}"
         )
-        if each["idle_cpu_s"] > 1:
-            print(f"  spent {each['idle_cpu_s']:.1f} s of processor time with nothing to do")
+        if max(each["others"]) > 0.2:
+            used = ", ".join(f"{share:.2f}" for share in each["others"])
+            print(f"  disturbed: round by round, others used {used} processors meanwhile")
 
 
 if __name__ == "__main__":
