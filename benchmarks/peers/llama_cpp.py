@@ -9,6 +9,7 @@ the slot's last prompt and shifted to where they now stand, and nothing of them 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import xllamacpp
@@ -26,7 +27,8 @@ def main() -> None:
     params.model.path = options.model
     params.n_ctx = 8192
     params.n_parallel = 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_cache_reuse = options.reuse
     params.cache_ram_mib = 0  # one slot, whose last prompt is all that is kept
     server = xllamacpp.Server(params)

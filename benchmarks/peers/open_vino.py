@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -18,7 +19,10 @@ def main() -> None:
     scheduler.cache_size = 2  # GiB
     scheduler.max_num_batched_tokens = 8192  # the prompt in one step
     pipe = openvino_genai.LLMPipeline(
-        sys.argv[1], "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=2
+        sys.argv[1],
+        "CPU",
+        scheduler_config=scheduler,
+        INFERENCE_NUM_THREADS=int(os.environ["OMP_NUM_THREADS"]),
     )
     tokenizer = pipe.get_tokenizer()
     config = openvino_genai.GenerationConfig(max_new_tokens=1)

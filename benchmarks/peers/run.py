@@ -5,10 +5,10 @@ each round all of them answer the same prompt, one after the other: 4,096 tokens
 chunks of 512, and a question. The question and the order of the chunks are others each time, so a
 cache of prefixes holds the template's head and no more; ``--same-order`` keeps the order, which is
 what such caches are made for. The first round warms up, and stores the chunks of our engine; it is
-not counted. The clock runs inside the worker, from the request to the first token. A row says so
-where anything else, an idle worker included, used a fifth of a processor meanwhile.
+not counted. The clock runs inside the worker, from the request to the first token. A time is left
+out, and counted as disturbed, where anything else on the machine, an idle worker included, used
+more than a fifth of a processor meanwhile. All use as many threads as OMP_NUM_THREADS says, else 2.
 
-    export OMP_NUM_THREADS=2
     python benchmarks/peers/run.py --llama-cpp PYTHON --gguf-f16 FILE --vllm PYTHON \\
         --openvino PYTHON --openvino-model FOLDER --kvboost PYTHON
 
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -56,6 +57,7 @@ from a3_engine.prompt import PromptPlanner
 
 HERE = Path(__file__).parent
 REFERENCE = "full_prefill"
+DISTURBED = 0.2  # processors
 
 
 @dataclass
@@ -65,10 +67,7 @@ class System:
     name: str
     command: tuple[str, ...]
     method: str = ""
-    ttft: list[float] = field(default_factory=list)
-    reused: list[int | None] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)  # round by round
 
 
 class Worker:
@@ -160,6 +159,7 @@ def main() -> None:
     parser.add_argument("--same-order", action="store_true", help="only the question changes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
     model = dequantized(demo_gguf(), default_cache_dir())
     print(f"The model is at {model}.", file=sys.stderr)
@@ -173,10 +173,7 @@ def main() -> None:
         for system in taking_part:
             answer = workers[system.command].ask(prompt | {"method": system.method})
             if turn:
-                system.ttft.append(answer["ttft_s"])
-                system.reused.append(answer["reused_tokens"])
-                system.texts.append(answer["text"])
-                system.others.append(answer["others"])
+                system.answers.append(answer)
     for worker in workers.values():
         worker.close()
     results = [row(system, taking_part[0], workers[system.command]) for system in taking_part]
@@ -188,17 +185,22 @@ def main() -> None:
         show(results)
 
 
+def undisturbed(system: System) -> list[float]:
+    times = [each["ttft_s"] for each in system.answers if each["others"] <= DISTURBED]
+    return times or [math.nan]
+
+
 def row(system: System, reference: System, worker: Worker) -> dict[str, Any]:
-    median = statistics.median(system.ttft)
+    times = undisturbed(system)
+    texts = [[each["text"] for each in one.answers] for one in (system, reference)]
     return {
         "system": system.name,
         "version": worker.version,
-        "ttft_s": {"median": median, "min": min(system.ttft), "max": max(system.ttft)},
-        "ttft_each_s": system.ttft,
-        "of_full_prefill": median / statistics.median(reference.ttft),
-        "reused_tokens": system.reused,
-        "same_first_token": statistics.mean(map(str.__eq__, system.texts, reference.texts)),
-        "others": system.others,
+        "ttft_s": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+        "of_full_prefill": statistics.median(times) / statistics.median(undisturbed(reference)),
+        "disturbed": sum(each["others"] > DISTURBED for each in system.answers),
+        "same_first_token": statistics.mean(map(str.__eq__, *texts)),
+        "answers": system.answers,
     }
 
 
@@ -208,21 +210,19 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         models = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
         name = ", ".join(sorted(models)) or name
-    return {"processor": name, "threads": os.environ.get("OMP_NUM_THREADS")}
+    return {"processor": name, "threads": os.environ["OMP_NUM_THREADS"]}
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    print("system                 median       min       max  of full  same token  reused")
+    print("system                 median       min       max  of full disturbed  same token  reused")
     for each in results:
         times = each["ttft_s"]
         print(
             f"{each['system']:<21} {times['median']:>7.3f}s {times['min']:>8.3f}s "
-            f"{times['max']:>8.3f}s {each['of_full_prefill']:>8.3f} "
-            f"{each['same_first_token']:>11.0%}  {each['reused_tokens']}"
+            f"{times['max']:>8.3f}s {each['of_full_prefill']:>8.3f} {each['disturbed']:>9} "
+            f"{each['same_first_token']:>11.0%}  "
+            + ", ".join(str(answer["reused_tokens"]) for answer in each["answers"])
         )
-        if max(each["others"]) > 0.2:
-            used = ", ".join(f"{share:.2f}" for share in each["others"])
-            print(f"  disturbed: round by round, others used {used} processors meanwhile")
 
 
 if __name__ == "__main__":
