@@ -214,12 +214,12 @@ def machine() -> dict[str, Any]:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    print("system                 median       min       max  of full disturbed  same token  reused")
+    print("system                 median       min       max of full disturbed  same token  reused")
     for each in results:
         times = each["ttft_s"]
         print(
             f"{each['system']:<21} {times['median']:>7.3f}s {times['min']:>8.3f}s "
-            f"{times['max']:>8.3f}s {each['of_full_prefill']:>8.3f} {each['disturbed']:>9} "
+            f"{times['max']:>8.3f}s {each['of_full_prefill']:>7.3f} {each['disturbed']:>9} "
             f"{each['same_first_token']:>11.0%}  "
             + ", ".join(str(answer["reused_tokens"]) for answer in each["answers"])
         )
