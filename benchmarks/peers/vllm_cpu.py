@@ -1,7 +1,7 @@
 """vLLM on the CPU in bf16, with its prefix cache. Usage: python vllm_cpu.py MODEL_FOLDER
 
-In one process, where it uses all threads that OMP_NUM_THREADS gives it: with workers of its own it
-keeps one core for itself. Without torch.compile, which takes a minute and a half at every start.
+In one process, where it uses all threads that OMP_NUM_THREADS gives it: with a worker of its own it
+keeps one core free. Without torch.compile, which costs a minute and a half at every start.
 """
 
 from __future__ import annotations
