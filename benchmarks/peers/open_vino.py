@@ -1,7 +1,7 @@
 """OpenVINO GenAI with its prefix cache. Usage: python open_vino.py IR_FOLDER
 
-It chooses its precisions itself: on a processor that multiplies bf16 it computes in bf16, and it
-keeps keys and values in 8 bits. It does not say how many tokens it reused.
+It computes in bf16 where the processor does, whatever the weights are stored in. It does not say
+how many tokens it reused.
 """
 
 from __future__ import annotations

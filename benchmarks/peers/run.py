@@ -25,9 +25,9 @@ vLLM
     ``Metadata-Version: 2.1``, ``Name: vllm`` and ``Version: 0.32.0``.
 OpenVINO GenAI
     ``pip install openvino-genai==2026.4.1 optimum-intel==2.2.0 nncf torch==2.13.0``, then
-    ``pip uninstall torchvision``, which does not fit a CPU build; then ``optimum-cli export openvino
-    --task text-generation-with-past --weight-format fp32 -m MODEL FOLDER``, where MODEL is the
-    folder that this program prints first.
+    ``pip uninstall torchvision``, which does not fit a CPU build; then ``optimum-cli export
+    openvino --task text-generation-with-past --weight-format fp32 -m MODEL FOLDER``, where MODEL is
+    the folder that this program prints first.
 kvboost
     ``pip install kvboost==0.9.0``.
 """
