@@ -42,7 +42,7 @@ class A3Engine:
     """Answers prompts from cached chunks. Build it with :meth:`from_pretrained`.
 
     Nothing heavy happens before the first use. One engine may be called from many threads and event
-    loops; requests compute one after the other.
+    loops: prefills compute one after the other, and requests decode together.
 
     Parameters
     ----------

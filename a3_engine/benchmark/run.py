@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from a3_engine.benchmark.decoding import measure_decoding
 from a3_engine.benchmark.ingestion import measure_ingestion
 from a3_engine.benchmark.prompts import QUESTION, chunk_texts, fitting
 from a3_engine.benchmark.rates import (
@@ -35,6 +36,7 @@ def run(
     chunk_sizes: Sequence[int],
     repeats: int,
     answer_tokens: int,
+    at_once: int = 0,
 ) -> Row:
     """Measure; nothing else should compute meanwhile.
 
@@ -45,12 +47,13 @@ def run(
     Returns
     -------
     dict
-        Plain values: ``machine``, ``rates`` (operations and bytes a second), ``ingestion`` and
-        ``results``, one a context, chunk size, method and ratio. Seconds and bytes, but for
-        ``*_per_s``.
+        Plain values: ``machine``, ``rates`` (operations and bytes a second), ``ingestion``,
+        ``decoding`` and ``results``, one a context, chunk size, method and ratio. Seconds and
+        bytes, but for ``*_per_s``.
     """
     model = engine.runtime.model
     ingestion: list[Row] = []
+    decoding: list[Row] = []
     measured: list[tuple[Row, dict[Method, list[Timed]], dict[Method, int | None]]] = []
     rates = measure_rates(model.device, model.dtype)
     for size in chunk_sizes:
@@ -58,6 +61,17 @@ def run(
             context = fitting(engine, wanted, size, answer_tokens)
             chunks = chunk_texts(engine.runtime.planner, context, size)
             place = {"context_tokens": context, "chunk_tokens": min(size, context)}
+            if at_once:
+                decoding.append(
+                    place
+                    | measure_decoding(
+                        engine,
+                        chunks,
+                        at_once=at_once,
+                        answer_tokens=answer_tokens,
+                        repeats=repeats,
+                    )
+                )
             ingestion.append(place | measure_ingestion(engine, chunks, repeats))
             found: dict[Method, list[Timed]] = {method: [] for method in methods}
             peaks: dict[Method, int | None] = {}
@@ -82,6 +96,7 @@ def run(
         "machine": machine(),
         "rates": {"matmul": round(rates.matmul), "copy": round(rates.copy)},
         "ingestion": ingestion,
+        "decoding": decoding,
         "results": results,
     }
 

@@ -31,6 +31,14 @@ def tables(benchmark: Row) -> str:
         f"{each['ratio']['median']:.2f} times"
         for each in benchmark["ingestion"]
     ]
+    lines += [
+        f"decoding at {each['context_tokens']}, tokens/s (median): "
+        f"{each['one_per_s']['median']:.1f} behind the first, "
+        f"{each['generate_per_s']['median']:.1f} by transformers' generate; with the prefill "
+        f"{each['request_per_s']['median']:.1f} of one request, "
+        f"{each['at_once_per_s']['median']:.1f} of {each['requests']} at once"
+        for each in benchmark["decoding"]
+    ]
     return "\n".join(lines)
 
 

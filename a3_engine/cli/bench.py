@@ -46,6 +46,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument(
         "--answer-tokens", type=_count, default=33, help="of every answer (default: %(default)s)"
     )
+    run.add_argument(
+        "--at-once",
+        type=_count,
+        default=0,
+        help="also decode so many requests at once, beside one and transformers' generate",
+    )
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, fp8, int4")
@@ -81,6 +87,7 @@ def run_bench(options: argparse.Namespace) -> None:
             chunk_sizes=options.chunk_tokens,
             repeats=options.repeats,
             answer_tokens=options.answer_tokens,
+            at_once=options.at_once,
         )
         engine.close()
     print(json.dumps(found) if options.json else tables(found))

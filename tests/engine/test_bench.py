@@ -33,7 +33,7 @@ def found(tmp_path_factory):
     )
     engine.runtime.model.generation_config.eos_token_id = 10_000  # no such token
     methods = make_methods(METHODS, [0.0, 0.25])
-    yield run(engine, [160, 96], methods, chunk_sizes=[48], repeats=1, answer_tokens=3)
+    yield run(engine, [160, 96], methods, chunk_sizes=[48], repeats=1, answer_tokens=3, at_once=2)
     engine.close()
 
 
@@ -168,3 +168,12 @@ def test_the_command_prints_json_and_draws(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*arguments[:-1], str(tmp_path / "bench.txt")]) == 1
     assert "must end in one of" in capsys.readouterr().err
+
+
+def test_decoding_is_measured_alone_and_at_once(found):
+    for row in found["decoding"]:
+        assert row["requests"] == 2
+        for name in ("one", "generate", "request", "at_once"):
+            assert row[f"{name}_per_s"]["min"] > 0
+    assert len(found["decoding"]) == 2
+    assert "2 at once" in tables(found)

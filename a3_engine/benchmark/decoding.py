@@ -1,0 +1,78 @@
+"""How fast answers go on: one request, several at once, and transformers' own `generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from a3_engine.benchmark.prompts import QUESTION
+from a3_engine.benchmark.requests import spread
+from a3_engine.engine import A3Engine
+from a3_engine.report import FusionReport
+
+
+class _Clock(StoppingCriteria):
+    """Takes the time of every token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def measure_decoding(
+    engine: A3Engine, chunks: Sequence[str], *, at_once: int, answer_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Tokens a second, the three taking turns; the first round warms up and is not counted.
+
+    Requests are fused by full reuse. ``one`` and ``generate`` count the tokens behind the first, by
+    the time between them. ``request`` and ``at_once`` count all tokens, by the time from the call
+    to the last token of the last answer: of one request in a thread, and of so many.
+    """
+    prompt = engine.plan(QUESTION, chunks)
+    inputs = torch.tensor([list(prompt.ids)], device=engine.runtime.model.device)
+
+    def ask(_: int) -> FusionReport:
+        return engine.generate(
+            prompt, selector="full_reuse", max_new_tokens=answer_tokens, temperature=1.0
+        ).report
+
+    def together(pool: ThreadPoolExecutor, requests: int) -> float:
+        engine.runtime.turns.clear()  # what an earlier request left is no part of this one
+        started = time.perf_counter()
+        list(pool.map(ask, range(requests)))
+        return requests * answer_tokens / (time.perf_counter() - started)
+
+    found: dict[str, list[float]] = {"one": [], "generate": [], "request": [], "at_once": []}
+    with ThreadPoolExecutor(at_once) as pool:
+        for turn in range(repeats + 1):
+            clock = _Clock()
+            with torch.inference_mode():
+                engine.runtime.model.generate(
+                    inputs,
+                    max_new_tokens=answer_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                )
+            engine.runtime.turns.clear()
+            alone = pool.submit(ask, 0).result()
+            round_ = {
+                "one": (alone.generated_tokens - 1) / alone.decode_s,
+                "generate": (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]),
+                "request": together(pool, 1),
+                "at_once": together(pool, at_once),
+            }
+            if turn:
+                for name, value in round_.items():
+                    found[name].append(value)
+    return {"requests": at_once} | {
+        f"{name}_per_s": spread(values, 2) for name, values in found.items()
+    }
