@@ -97,23 +97,25 @@ class Drift:
         cos, sin = self._tables[index]
         at, which = rows[is_probe].to(device), is_probe.to(device)
 
-        key_moves = (fresh_key[0, :, which] - keys[:, at]).float()
+        old_values = values.index_select(1, at)
+        value_moves = fresh_value[0].index_select(1, which) - old_values
+        key_moves = (fresh_key[0].index_select(1, which) - keys.index_select(1, at)).float()
         rotate_(key_moves, cos[at], sin[at], inverse=True)
-        value_moves = fresh_value[0, :, which] - values[:, at]
-        probes = torch.nn.functional.normalize(_flat(values[:, at]), dim=1)
+        probes = torch.nn.functional.normalize(_flat(old_values), dim=1)
 
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
         keys, values = keys[:, self._span], values[:, self._span]
         share = self._share = self._share.to(device, dtype)  # moves on with the layers' device
         everyone = _flat(values)
-        lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True, dtype=torch.float32)
-        alike = (everyone @ probes.T) / (lengths * self._repair.temperature).clamp(min=1e-12)
-        weights = torch.softmax(alike, dim=-1).to(dtype) * share[:, None]
-        values += weights @ value_moves
-        key_shift = weights @ key_moves.to(dtype)
+        lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True).clamp(min=1e-12)
+        alike = (everyone @ probes.T).div_(lengths * self._repair.temperature)
+        weights = torch.softmax(alike, dim=-1).mul_(share[:, None])
+        for of_head, moves in zip(values, value_moves, strict=True):
+            of_head.addmm_(weights, moves)
+        shift = (weights @ _flat(key_moves).to(dtype)).unflatten(1, (len(keys), -1)).transpose(0, 1)
         # The shift is an estimate: the model's own precision is enough to turn it.
-        rotate_(key_shift, cos[self._span], sin[self._span], compute=dtype)
-        keys += key_shift
+        rotate_(shift, cos[self._span], sin[self._span], compute=dtype)
+        keys += shift
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:
