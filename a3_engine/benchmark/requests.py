@@ -93,7 +93,8 @@ def timed_request(
     if not report.fused and not isinstance(method.selector, FullPrefill):
         raise ValueError(f"There is nothing to measure: {report.fallback_reason}.")
     # The model computes logits once a token of the answer, and for drafts before it.
-    first_token = started + report.ttft_s - begins[-report.generated_tokens]
+    # The report's clock starts a moment after ours.
+    first_token = max(0.0, started + report.ttft_s - begins[-report.generated_tokens])
     parts = {
         "plan": report.plan_s,
         "load": report.load_s,
