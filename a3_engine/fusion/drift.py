@@ -112,7 +112,8 @@ class Drift:
         weights = torch.softmax(alike, dim=-1).mul_(share[:, None])
         for of_head, moves in zip(values, value_moves, strict=True):
             of_head.addmm_(weights, moves)
-        shift = (weights @ _flat(key_moves).to(dtype)).unflatten(1, (len(keys), -1)).transpose(0, 1)
+        flat_shift = weights @ _flat(key_moves).to(dtype)
+        shift = flat_shift.view(len(everyone), len(keys), -1).transpose(0, 1)
         # The shift is an estimate: the model's own precision is enough to turn it.
         rotate_(shift, cos[self._span], sin[self._span], compute=dtype)
         keys += shift
