@@ -21,7 +21,7 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import Abandoned
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selection import begin
-from a3_engine.fusion.selectors.base import LayerSelector, SparseSelector
+from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.turns import Turn
 from a3_engine.method import Method
@@ -216,8 +216,8 @@ def answer(
         report.select_s = fusion.select_seconds
         report.kv_bytes = cache.prompt_nbytes
         report.compression = method.compression.name if method.compression else ""
-        if isinstance(selector, LayerSelector):  # it selects inside the pass
-            report.recompute_s -= report.select_s
+        # Some methods select inside the pass.
+        report.recompute_s = first - max(began, fusion.selected_at)
         if fusion.selected is not None:
             recomputed = tuple(fusion.selected.tolist())
     report.recomputed_tokens = len(recomputed)

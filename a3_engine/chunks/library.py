@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -104,30 +105,39 @@ class ChunkLibrary:
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
-    def store_all(self, segments: Sequence[Segment]) -> Iterator[Segment]:
-        """Compute and store segments that are missing; each is yielded when it is durable.
+    def store_all(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Compute and store segments; yields as each becomes durable.
 
         While one is written, the next is computed.
 
         Raises
         ------
         StoreError
-            A segment cannot be written; those yielded before are stored.
+            A segment cannot be written; those before it are stored.
         """
         with ThreadPoolExecutor(1, "a3-store") as writer:
-            written: Future[None] | None = None
-            before: Segment | None = None
+            before: Future[None] | None = None
             for segment in segments:
-                prefix = self._prefix(segment)
-                with self._flights.of(self.header(segment).key):
-                    payload, _ = self._compute(segment, prefix)
-                if written is not None and before is not None:
-                    written.result()
-                    yield before
-                written, before = writer.submit(self._keep, payload, segment), segment
-            if written is not None and before is not None:
-                written.result()
-                yield before
+                before, done = self._launch(segment, writer), before
+                if done is not None:
+                    yield done.result()
+            if before is not None:
+                yield before.result()
+
+    def _launch(self, segment: Segment, writer: ThreadPoolExecutor) -> Future[None]:
+        """Compute a segment unless it was stored meanwhile; its flight ends when it is written."""
+        prefix = self._prefix(segment)
+        with ExitStack() as held:
+            held.enter_context(self._flights.of(self.header(segment).key))
+            payload = self._compute(segment, prefix)[0] if self.missing([segment]) else None
+            flight = held.pop_all()
+
+        def land() -> None:
+            with flight:
+                if payload is not None:
+                    self._keep(payload, segment)
+
+        return writer.submit(land)
 
     def _prefix(self, segment: Segment) -> ChunkKV | None:
         """What a segment is computed behind."""

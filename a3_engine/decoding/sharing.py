@@ -46,13 +46,17 @@ class SharedDecoding:
         self.computing.run(lambda: self._prefill(reply))
         with self._meeting:
             self._replies.append(reply)
-        while self._leads(reply):
-            try:
-                self.computing.run(self._step)
-            finally:
-                with self._meeting:
-                    self._led = False
-                    self._meeting.notify_all()
+        try:
+            while self._leads(reply):
+                try:
+                    self.computing.run(self._step)
+                finally:
+                    with self._meeting:
+                        self._led = False
+                        self._meeting.notify_all()
+        finally:  # also when the thread that waits is interrupted
+            with self._meeting:
+                self._replies = [other for other in self._replies if other is not reply]
         if reply.error is not None:
             raise reply.error
 
@@ -63,12 +67,10 @@ class SharedDecoding:
         reply.take(logits[:, -1])
 
     def _leads(self, reply: Reply) -> bool:
-        """Wait until this reply has ended, or nobody steps."""
+        """Wait until this reply has ended, or nobody steps: then this thread does."""
         with self._meeting:
             self._meeting.wait_for(lambda: reply.ended or not self._led)
-            if reply.ended:
-                self._replies = [other for other in self._replies if other is not reply]
-            else:
+            if not reply.ended:
                 self._led = True
             return not reply.ended
 

@@ -58,6 +58,8 @@ class FusionPass:
     last_only : bool
         Whether the forward's caller wants the last token's logits alone: the last layer then
         computes of the other rows what the cache keeps, their keys and values.
+    selected_at : float
+        When they were known, by ``perf_counter``.
     select_seconds : float
         Time spent on choosing them, with the dense layers or the scoring pass that it took.
     """
@@ -80,7 +82,7 @@ class FusionPass:
         self._correct = correct
         self.selected: torch.Tensor | None = None
         self.last_only = False
-        self.select_seconds = 0.0
+        self.selected_at = self.select_seconds = 0.0
         self._everything = (
             torch.arange(layout.n_tokens) if cache.positions is None else cache.positions
         )
@@ -109,7 +111,8 @@ class FusionPass:
             if self.selector.ratio >= 1.0
             else torch.unique(torch.cat([self.selected, self.layout.fresh]))
         )
-        self.select_seconds = time.perf_counter() - self._started
+        self.selected_at = time.perf_counter()
+        self.select_seconds = self.selected_at - self._started
 
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:

@@ -19,10 +19,10 @@ class Computing:
     """Runs work for one device.
 
     Two forwards at once on one device take longer than one after the other. And on a CPU every
-    thread that computes gets OpenMP threads of its own, which hinder each other: of 100 small
-    products each took 0.13 to 0.17 ms in the first such thread of a process, and 0.18 to 0.26 in
-    the second. So a program that asks from its main thread alone computes there, and as soon as
-    another thread asks, a thread of its own computes for all.
+    thread that computes gets OpenMP threads of its own, which hinder each other: a request decodes
+    slower beside the main thread than in it (docs/performance.md). So a program that asks from its
+    main thread alone computes there, and as soon as another thread asks, a thread of its own
+    computes for all.
     """
 
     def __init__(self) -> None:

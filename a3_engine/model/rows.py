@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
 
 class Scratch:
-    """CPU memory for the scores of a block: new pages for each cost as much as the products."""
+    """CPU memory that one block's scores leave to the next's: new pages would cost time."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, torch.Tensor] = {}

@@ -115,7 +115,7 @@ def test_an_error_in_a_shared_step_reaches_every_request(endless, monkeypatch):
 
 
 def test_an_error_in_one_choice_is_its_own(counted):
-    """A grammar that ends in nothing, say: the other request goes on."""
+    """Its reader breaks, say: the other request goes on."""
     engine, sizes = counted
     alone = engine.generate("Who keeps the lamp?", max_new_tokens=300).text
 
@@ -131,3 +131,22 @@ def test_an_error_in_one_choice_is_its_own(counted):
         with pytest.raises(ValueError, match="a reader that breaks"):
             pool.submit(work, broken, lambda: False).result()
         assert kept.result().text == alone
+
+
+def test_an_interrupted_request_is_stepped_no_more(counted, monkeypatch):
+    """Its thread is gone; those that come later decode without it."""
+    engine, sizes = counted
+    shared = engine.runtime.shared
+    run = shared.computing.run
+
+    def interrupted(work):
+        if work == shared._step:
+            raise KeyboardInterrupt
+        return run(work)
+
+    monkeypatch.setattr(shared.computing, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("What is on the shore?", max_new_tokens=2000)
+    monkeypatch.setattr(shared.computing, "run", run)
+    engine.generate("Who keeps the lamp?", max_new_tokens=20)
+    assert set(sizes) == {1}
