@@ -216,10 +216,13 @@ def test_turns_are_bounded_by_number_and_by_bytes():
 
 
 def test_conversations_in_threads_do_not_disturb_each_other(tiny_engine):
-    """Each answers as it does alone, whatever the others keep and push out meanwhile."""
+    """Each answers as it does alone, whatever the others keep and push out meanwhile.
+
+    All is recomputed, so that a turn which was pushed out and is fused again is the same.
+    """
 
     def talk(name: str) -> tuple[list[Prompt], list[str]]:
-        engine = tiny_engine()
+        engine = tiny_engine(ratio=1.0)
         engine.precompute([LAMP, SHORE], progress=False)
         prompts = [engine.plan([Message("user", [f"I am {name}. ", *CHUNKS])])]
         texts = []
@@ -232,7 +235,7 @@ def test_conversations_in_threads_do_not_disturb_each_other(tiny_engine):
         return prompts[:-1], texts
 
     alone = [talk(name) for name in ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay")]
-    engine = tiny_engine()
+    engine = tiny_engine(ratio=1.0)
 
     def again(prompts: list[Prompt]) -> tuple[list[str], int]:
         answers = [engine.generate(prompt, max_new_tokens=6) for prompt in prompts]
