@@ -6,6 +6,7 @@ were trained on one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import ContextThreadPoolExecutor, run_in_executor
 
 from a3_engine import FusionReport
 from a3_integrations.langchain.settings import A3Settings, about, usage
+
+AT_ONCE = 8  # prompts of one batch; each holds a cache
 
 
 class A3LLM(A3Settings, BaseLLM):
@@ -78,7 +81,13 @@ class A3LLM(A3Settings, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return _result([list(self._stream(prompt, stop, **kwargs)) for prompt in prompts])
+        def answer(prompt: str) -> list[GenerationChunk]:
+            return list(self._stream(prompt, stop, **kwargs))
+
+        if len(prompts) == 1:
+            return _result([answer(prompts[0])])
+        with ContextThreadPoolExecutor(AT_ONCE) as pool:  # they decode together
+            return _result(list(pool.map(answer, prompts)))
 
     async def _agenerate(
         self,
@@ -87,9 +96,13 @@ class A3LLM(A3Settings, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return _result(
-            [[chunk async for chunk in self._astream(prompt, stop, **kwargs)] for prompt in prompts]
-        )
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def answer(prompt: str) -> list[GenerationChunk]:
+            async with turn:
+                return [chunk async for chunk in self._astream(prompt, stop, **kwargs)]
+
+        return _result(await asyncio.gather(*map(answer, prompts)))
 
 
 def _last_chunk(report: FusionReport | None) -> GenerationChunk:

@@ -240,6 +240,26 @@ def test_nothing_is_loaded_by_construction_and_equal_settings_share_an_engine():
     assert (cooler.temperature, cooler.engine) == (0.1, llm.engine)
 
 
+@pytest.mark.real_model
+def test_a_batch_of_completions_decodes_together_in_the_order_of_the_prompts(llm):
+    """Fewer forwards than one by one, and each answer is its own prompt's."""
+    completion = A3LLM(engine=llm.engine, max_tokens=8)
+    prompts = ["One, two, three,", "Monday, Tuesday,", COUNT]
+    forwards = []
+    hook = llm.engine.runtime.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        alone = [completion.invoke(prompt) for prompt in prompts]
+        one_by_one = len(forwards)
+        assert completion.batch(prompts) == alone
+        together = len(forwards) - one_by_one
+        assert asyncio.run(completion.abatch(prompts)) == alone
+    finally:
+        hook.remove()
+    assert len(set(alone)) == 3
+    assert together < one_by_one - 4
+    assert len(forwards) - one_by_one - together < one_by_one - 4
+
+
 @pytest.mark.parametrize("cls", [ChatA3, A3LLM])
 def test_settings_survive_serialization_copying_and_pickling(cls):
     llm = cls(model="no/such-model", temperature=0.5, stop=["x"], ratio=0.3)
