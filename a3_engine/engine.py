@@ -334,7 +334,8 @@ class A3Engine:
     ) -> tuple[Prompt, FusedCache]:
         """Load a prompt's chunks into a cache, for one's own forward pass.
 
-        ``model(input_ids=all prompt ids, past_key_values=cache)`` then runs the fusion pass.
+        ``model(input_ids=all prompt ids, cache=cache)`` then runs the fusion pass; before
+        transformers 5.24 the argument is ``past_key_values``.
 
         Parameters
         ----------

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from a3_engine.chunks.kv import ChunkKV
+from a3_engine.model.caching import with_cache
 from a3_engine.model.rotary import Rotation, rotate_
 
 
@@ -51,7 +52,7 @@ def encode_chunk(
             key = prefix.keys[index, None].to(home, copy=True)
             rotate_(key, cos[:n_prefix].to(home), sin[:n_prefix].to(home))
             cache.update(key, prefix.values[index, None].to(home), index)
-    decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
+    decoder(input_ids=torch.tensor([list(ids)], device=device), **with_cache(decoder, cache))
 
     keys, values = [], []
     for layer, (cos, sin) in zip(cache.layers, tables, strict=True):

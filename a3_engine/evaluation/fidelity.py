@@ -15,6 +15,7 @@ from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.method import Method
+from a3_engine.model.caching import with_cache
 from a3_engine.prompt import Prompt
 
 ANSWER_TOKENS = 12
@@ -124,7 +125,7 @@ def _forward(engine: A3Engine, ids: Sequence[int], cache: Cache) -> torch.Tensor
     keep = 1 if cache.get_seq_length() == 0 else 0
     logits = model(
         input_ids=torch.tensor([list(ids)], device=device),
-        past_key_values=cache,
+        **with_cache(model, cache),
         logits_to_keep=keep,
     ).logits[0]
     logits[-1, 0].item()  # waits for the device, so that a caller's clock is right

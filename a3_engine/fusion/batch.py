@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from a3_engine.model.caching import with_cache
 from a3_engine.model.rows import Ragged
 
 
@@ -73,7 +74,7 @@ def step(forward: Any, ids: Sequence[int], caches: Sequence[Cache], device: Any)
         position_ids=torch.tensor(batch.lengths, device=device)[:, None],
         # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
         attention_mask=torch.empty(1, 1, 1, 1, device=device),
-        past_key_values=batch,
+        **with_cache(forward, batch),
         use_cache=True,
     ).logits
     return logits

@@ -22,6 +22,7 @@ from a3_engine.fusion.cache import Correction, FusedCache
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import BoundarySelector, LayerSelector, Selector, States
 from a3_engine.model.attention import project
+from a3_engine.model.caching import cache_in, with_cache
 from a3_engine.model.rows import Observer, Rows
 
 
@@ -206,7 +207,7 @@ def _sliced(
 def run_pass(decoder: PreTrainedModel, ids: Sequence[int], cache: FusedCache) -> None:
     """The decoder's forward over a prompt, narrowed by its cache's pass, for an observer."""
     device = decoder.get_input_embeddings().weight.device
-    decoder(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache)
+    decoder(input_ids=torch.tensor([list(ids)], device=device), **with_cache(decoder, cache))
 
 
 def install_hooks(layers: nn.ModuleList) -> None:
@@ -214,7 +215,7 @@ def install_hooks(layers: nn.ModuleList) -> None:
 
     def hook_for(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if isinstance(cache, BatchCache):
                 return args, {**kwargs, "attention_mask": cache.mask}
             if not isinstance(cache, FusedCache):

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.model.caching import with_cache
 from a3_engine.model.rows import Rows
 
 
@@ -43,7 +44,7 @@ def lookahead_queries(
     try:
         for _ in range(count):
             logits = model(
-                input_ids=torch.tensor([[token]], device=device), past_key_values=cache
+                input_ids=torch.tensor([[token]], device=device), **with_cache(model, cache)
             ).logits
             if token in ends:
                 break

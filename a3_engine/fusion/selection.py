@@ -19,6 +19,7 @@ from a3_engine.fusion.selectors.base import (
     SparseSelector,
 )
 from a3_engine.fusion.sparse import sparse_positions
+from a3_engine.model.caching import with_cache
 from a3_engine.model.rotary import Rotation
 from a3_engine.model.rows import Observer
 
@@ -87,7 +88,7 @@ def begin(
         with fusion.only_fresh():
             logits = model(
                 input_ids=torch.tensor([list(ids)], device=device),
-                past_key_values=cache,
+                **with_cache(model, cache),
                 logits_to_keep=1,
             ).logits
         first = int(logits[0, -1].argmax())

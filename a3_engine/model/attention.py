@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from a3_engine.model.caching import without_cache
 from a3_engine.model.rows import Ragged, Rows, Scratch
 
 PREFIX = "a3_"
@@ -249,7 +250,7 @@ def project(
     query : ``(1, heads, tokens, head_dim)``; key, value : ``(1, kv_heads, tokens, head_dim)``
     """
     try:
-        layer.forward(*args, **{**kwargs, "attention_mask": Capture(), "past_key_values": None})
+        layer.forward(*args, **{**without_cache(kwargs), "attention_mask": Capture()})
     except Captured as captured:
         return captured.states
     raise RuntimeError(

@@ -21,6 +21,7 @@ from a3_engine.fusion.loading import allocate
 from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.model.attention import install
+from a3_engine.model.caching import with_cache
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
 # Model types proven by this project's tests; others pass the gate with a warning.
@@ -113,9 +114,9 @@ def _self_check(model: PreTrainedModel, decoder: PreTrainedModel, rotation: Rota
 
     # Caches without a config: those with one drop what lies outside a sliding window.
     near, far = DynamicCache(), DynamicCache()
-    full = model(input_ids=ids, past_key_values=near, logits_to_keep=1)
+    full = model(input_ids=ids, **with_cache(model, near), logits_to_keep=1)
     places = torch.arange(PROBE_TOKENS, device=device)[None] + SHIFT
-    decoder(input_ids=ids, position_ids=places, past_key_values=far)
+    decoder(input_ids=ids, position_ids=places, **with_cache(decoder, far))
     tables = rotation.tables(torch.full((PROBE_TOKENS,), SHIFT))
     for index, (cos, sin) in enumerate(tables):
         moved = near.layers[index].keys.clone()
@@ -137,7 +138,7 @@ def _self_check(model: PreTrainedModel, decoder: PreTrainedModel, rotation: Rota
             rows = positions[middle.start : middle.stop]
             ours.write(rows, theirs.keys[:, :, rows], theirs.values[:, :, rows])
         FusionPass(cache, layout, selector)
-        fused = model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        fused = model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1)
         if not _close(fused.logits, full.logits, tolerance):
             raise UnsupportedModelError(
                 f"{selector.name} at ratio {selector.ratio} around an exact chunk does not "
@@ -146,8 +147,8 @@ def _self_check(model: PreTrainedModel, decoder: PreTrainedModel, rotation: Rota
     # `near` goes on with its own last token, beside a request of one token.
     short, last = DynamicCache(), int(ids[0, -1])
     longer = torch.cat([ids, ids[:, -1:]], dim=1)
-    expected = model(input_ids=longer, past_key_values=DynamicCache(), logits_to_keep=1).logits
-    model(input_ids=ids[:, :1], past_key_values=short, logits_to_keep=1)
+    expected = model(input_ids=longer, **with_cache(model, DynamicCache()), logits_to_keep=1).logits
+    model(input_ids=ids[:, :1], **with_cache(model, short), logits_to_keep=1)
     if not _close(step(model, [last, last], [near, short], device)[0], expected[0], tolerance):
         raise UnsupportedModelError("a step for two requests differs from a step for one")
 

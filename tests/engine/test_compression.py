@@ -14,6 +14,7 @@ from a3_engine.decoding.compression.snapkv import SnapKV
 from a3_engine.decoding.compression.streaming import Streaming
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.model.attention import has_window
+from a3_engine.model.caching import with_cache
 from a3_engine.prompt import Prompt
 from tests.engine.test_exactness import build_prompt
 from tests.engine.test_selectors import turned
@@ -28,7 +29,7 @@ def passed(engine: A3Engine, prompt: Prompt, **method) -> tuple[FusedCache, int]
     _, cache = engine.fuse(prompt, **method)
     with torch.inference_mode():
         logits = engine.runtime.model(
-            input_ids=torch.tensor([prompt.ids]), past_key_values=cache
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
         ).logits
     return cache, int(logits[0, -1].argmax())
 
@@ -52,7 +53,9 @@ def eager(name: str, prompt: Prompt):
     model.set_attn_implementation("eager")
     cache = DynamicCache()
     with torch.inference_mode():
-        output = model(torch.tensor([prompt.ids]), past_key_values=cache, output_attentions=True)
+        output = model(
+            torch.tensor([prompt.ids]), **with_cache(model, cache), output_attentions=True
+        )
     return model, output, cache
 
 
@@ -147,7 +150,7 @@ def test_laq_selects_as_a_naive_implementation_does(tiny_engine, method):
     token = int(output.logits[0, -1].argmax())
     with torch.inference_mode():
         for _ in range(8):
-            logits = model(torch.tensor([[token]]), past_key_values=cache).logits
+            logits = model(torch.tensor([[token]]), **with_cache(model, cache)).logits
             token = int(logits[0, -1].argmax())
 
     rows = method().prompt_rows
@@ -195,7 +198,9 @@ def test_decoding_sees_exactly_what_was_kept(tiny_engine, architecture):
     cache.compressor.compress(engine.runtime.model, cache, token)
     gone = set(range(n)) - (set(range(4)) | set(range(n - int(n * 0.3) + 4, n)))
     with torch.inference_mode():
-        ours = engine.runtime.model(torch.tensor([answer]), past_key_values=cache).logits[0]
+        ours = engine.runtime.model(
+            torch.tensor([answer]), **with_cache(engine.runtime.model, cache)
+        ).logits[0]
 
     model, _, full = eager(architecture, prompt)
     windows = has_window(model)
@@ -214,7 +219,7 @@ def test_decoding_sees_exactly_what_was_kept(tiny_engine, architecture):
     for index, layer in enumerate(model.get_decoder().layers):
         layer.self_attn.register_forward_pre_hook(mask(index), with_kwargs=True)
     with torch.inference_mode():
-        expected = model(torch.tensor([answer]), past_key_values=full).logits[0]
+        expected = model(torch.tensor([answer]), **with_cache(model, full)).logits[0]
     torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
 
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from a3_engine import A3Engine
 from a3_engine.fusion.selectors import SELECTORS
+from a3_engine.model.caching import OURS, with_cache
 from a3_engine.prompt import Prompt, Segment
 from tests.tiny import CONFIGS, VOCABULARY
 
@@ -46,13 +47,15 @@ def fused_logits(engine: A3Engine, prompt: Prompt, selector: str, ratio: float) 
     _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
     ids = torch.tensor([prompt.ids])
     with torch.inference_mode():
-        return engine.runtime.model(input_ids=ids, past_key_values=cache).logits[0, -1]
+        return engine.runtime.model(
+            input_ids=ids, **with_cache(engine.runtime.model, cache)
+        ).logits[0, -1]
 
 
 def full_prefill(engine: A3Engine, prompt: Prompt):
     with torch.inference_mode():
         return engine.runtime.model(
-            input_ids=torch.tensor([prompt.ids]), past_key_values=DynamicCache()
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, DynamicCache())
         )
 
 
@@ -71,12 +74,14 @@ def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, **options):
             places = torch.arange(ids.shape[1])[None] + position - len(behind) + 200
             if segment.kind == "chunk":
                 alone = DynamicCache()
-                model(input_ids=ids, position_ids=places, past_key_values=alone)
+                model(input_ids=ids, position_ids=places, **with_cache(model, alone))
                 for index, layer in enumerate(alone.layers):
                     keys, values = layer.keys, layer.values
                     past.update(keys[:, :, len(prefix) :], values[:, :, len(prefix) :], index)
             else:
-                output = model(input_ids=ids, position_ids=places, past_key_values=past, **options)
+                output = model(
+                    input_ids=ids, position_ids=places, **with_cache(model, past), **options
+                )
             position += len(segment.ids)
     return output
 
@@ -108,7 +113,7 @@ def test_first_chunk_behind_its_prefix_is_exact(tiny_engine, architecture):
     """Stored, rotated back, loaded and rotated again, its cache is that of a full prefill."""
     engine = tiny_engine(architecture)
     prompt = build_prompt(engine, ["prefix", 20, "fresh"])
-    expected = full_prefill(engine, prompt).past_key_values
+    expected = getattr(full_prefill(engine, prompt), OURS)
     stop = prompt.n_tokens - 5
     for attempt in ("computed", "loaded"):
         _, cache = engine.fuse(prompt, selector="full_reuse")

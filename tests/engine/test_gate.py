@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from a3_engine import A3Engine, Precomputed
+from a3_engine.model.caching import cache_in, without_cache
 from tests.tiny import DERIVED, SHAPE, rope, tiny_model
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -155,21 +156,21 @@ def forget_the_cache(model: nn.Module) -> None:
     """One layer keeps nothing for later."""
     attention = model.model.layers[2].self_attn
     ordinary = attention.forward
-    attention.forward = lambda *args, past_key_values=None, **kwargs: ordinary(*args, **kwargs)
+    attention.forward = lambda *args, **kwargs: ordinary(*args, **without_cache(kwargs))
 
 
 def attend_alone(model: nn.Module) -> None:
     """Attention of its own, with a mask of its own: the usual one for rows without gaps."""
 
-    def forward(self, hidden_states, position_embeddings, past_key_values=None, **_):
+    def forward(self, hidden_states, position_embeddings, **arguments):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := cache_in(arguments)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         n_rows, n_keys = query.shape[2], key.shape[2]
         mask = torch.ones(n_rows, n_keys, dtype=torch.bool).tril(n_keys - n_rows)
         key, value = (repeat_kv(x, self.num_key_value_groups) for x in (key, value))

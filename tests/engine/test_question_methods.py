@@ -15,6 +15,7 @@ from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.base import States
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
+from a3_engine.model.caching import with_cache
 from a3_engine.model.rotary import Rotation
 from tests.engine.test_exactness import build_prompt, independent_full_reuse
 from tests.tiny import CONFIGS, tiny_model
@@ -154,7 +155,9 @@ def test_mend_leaves_exact_chunks_alone(tiny_engine, name):
     assert len(cache.fusion.selected) == int(27 * 0.3)
     assert int(cache.fusion.selected.min()) >= first.stop
     with torch.inference_mode():
-        engine.runtime.model(input_ids=torch.tensor([prompt.ids]), past_key_values=cache)
+        engine.runtime.model(
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
+        )
     moved = 0.0
     for ours, theirs in zip(cache.layers, before.layers, strict=True):
         for mine, stored in zip(ours.stored(), theirs.stored(), strict=True):

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.model.attention import has_window
+from a3_engine.model.caching import with_cache
 from tests.tiny import CONFIGS, WINDOW, tiny_model
 
 FP32 = 4  # bytes
@@ -43,7 +44,7 @@ def test_a_prompt_fed_token_by_token_does_exactly_the_counted_work():
 
     def feed() -> None:
         for token in ids:
-            model.model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+            model.model(input_ids=torch.tensor([[token]]), **with_cache(model.model, cache))
 
     needed, done = work(Shape.of(model.config), range(len(ids)), FP32), counted(feed)
     assert needed.linear.flops == done["linear"]
@@ -59,7 +60,7 @@ def test_a_fusion_pass_does_the_linear_work_of_its_rows(ratio, tiny_engine):
     assert (len(rows) == prompt.n_tokens) == (ratio == 1.0)
 
     def run() -> None:
-        model(input_ids=torch.tensor([prompt.ids]), past_key_values=cache, logits_to_keep=1)
+        model(input_ids=torch.tensor([prompt.ids]), **with_cache(model, cache), logits_to_keep=1)
 
     needed = work(Shape.of(model.config), rows, FP32)
     assert needed.linear.flops + needed.logits.flops == counted(run)["linear"]

@@ -13,6 +13,7 @@ from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import States
+from a3_engine.model.caching import OURS, with_cache
 from a3_engine.prompt import Segment
 from tests.tiny import VOCABULARY
 
@@ -35,7 +36,9 @@ def run(engine: A3Engine, prompt: Prompt, selector: object, ratio: float):
     """One fusion pass: its logits, and the completed cache."""
     _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
     with torch.inference_mode():
-        output = engine.runtime.model(input_ids=torch.tensor([prompt.ids]), past_key_values=cache)
+        output = engine.runtime.model(
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
+        )
     return output.logits[0], cache
 
 
@@ -47,7 +50,7 @@ def picks(cache) -> list[int]:
 def full_prefill(engine: A3Engine, prompt: Prompt):
     with torch.inference_mode():
         return engine.runtime.model(
-            input_ids=torch.tensor([prompt.ids]), past_key_values=DynamicCache()
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, DynamicCache())
         )
 
 
@@ -191,7 +194,7 @@ def test_cache_is_exact_up_to_the_selecting_layer(tiny_engine, architecture, lay
     """The dense layers, and the states that were compared, are those of a full prefill."""
     engine = tiny_engine(architecture)
     prompt = build(engine, ["p", 20, "f", 20, "f"])
-    expected = full_prefill(engine, prompt).past_key_values
+    expected = getattr(full_prefill(engine, prompt), OURS)
     _, cache = run(engine, prompt, A3(layer=layer), 0.2)
     for index in range(layer + 1):
         ours, theirs = cache.layers[index], expected.layers[index]

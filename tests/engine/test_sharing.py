@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from a3_engine.decoding import sharing
 from a3_engine.fusion.batch import step
+from a3_engine.model.caching import with_cache
 from tests.tiny import CONFIGS, VOCABULARY
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -26,7 +27,7 @@ def test_a_step_of_several_caches_is_a_step_of_each(tiny_engine, architecture):
     with torch.inference_mode():
         caches = [DynamicCache() for _ in prompts]
         for ids, cache in zip(prompts, caches, strict=True):
-            model(input_ids=ids[:, :-2], past_key_values=cache)
+            model(input_ids=ids[:, :-2], **with_cache(model, cache))
         for place in (-2, -1):
             tokens = [int(ids[0, place]) for ids in prompts]
             logits = step(model, tokens, caches, model.device)

@@ -14,6 +14,7 @@ from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.a3 import A3Lookahead
 from a3_engine.fusion.selectors.samkv import SamKV
 from a3_engine.model.attention import has_window
+from a3_engine.model.caching import OURS, with_cache
 from a3_engine.prompt import Prompt
 from tests.engine.test_exactness import build_prompt, independent_full_reuse
 from tests.engine.test_selectors import PARAGRAPHS, QUESTION, turned
@@ -36,7 +37,7 @@ def fused(engine: A3Engine, prompt: Prompt, selector):
     _, cache = engine.fuse(prompt, selector=selector)
     with torch.inference_mode():
         logits = engine.runtime.model(
-            input_ids=torch.tensor([prompt.ids]), past_key_values=cache
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
         ).logits[0, -1]
     return logits, cache
 
@@ -102,7 +103,7 @@ def naive_samkv(engine: A3Engine, prompt: Prompt, method: SamKV) -> set[int]:
             arguments = {
                 "input_ids": torch.tensor([[prompt.ids[p] for p in run]]),
                 "position_ids": torch.tensor([run]),
-                "past_key_values": cache,
+                **with_cache(model, cache),
             }
             queries = unrotated_queries(model, lambda a=arguments: model(**a), len(run))
         else:
@@ -175,12 +176,12 @@ def test_samkv_is_a_prefill_of_what_stays(tiny_engine, architecture):
     model = tiny_model(architecture)
     past = DynamicCache()
     with torch.inference_mode():
-        expected = model(ids, position_ids=kept[None], past_key_values=past)
+        expected = model(ids, position_ids=kept[None], **with_cache(model, past))
         torch.testing.assert_close(logits, expected.logits[0, -1], atol=1e-3, rtol=0)
         n = prompt.n_tokens
         token = torch.tensor([[7]])
-        ours = engine.runtime.model(token, past_key_values=cache).logits
-        theirs = model(token, position_ids=torch.tensor([[n]]), past_key_values=past).logits
+        ours = engine.runtime.model(token, **with_cache(engine.runtime.model, cache)).logits
+        theirs = model(token, position_ids=torch.tensor([[n]]), **with_cache(model, past)).logits
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 
 
@@ -228,7 +229,7 @@ def test_fusion_rag_asks_with_a_question_that_saw_no_chunk(tiny_engine):
     cache = DynamicCache()
     queries = unrotated_queries(
         model,
-        lambda: model(ids, position_ids=torch.tensor([rest]), past_key_values=cache),
+        lambda: model(ids, position_ids=torch.tensor([rest]), **with_cache(model, cache)),
         n_question,
     )[-1]
     keys = stored_keys(engine, prompt)[-1][0].clone()
@@ -255,14 +256,14 @@ def test_lookahead_joins_the_question(tiny_engine):
     n, q = prompt.n_tokens, len(prompt.segments[-1].ids)
     model, count = tiny_model("llama"), 5
     reused = independent_full_reuse(engine, model, prompt)
-    past, token = reused.past_key_values, int(reused.logits[0, -1].argmax())
+    past, token = getattr(reused, OURS), int(reused.logits[0, -1].argmax())
     drafted = []
     for step in range(count):
         place = torch.tensor([[200 + n + step]])
         arguments = {
             "input_ids": torch.tensor([[token]]),
             "position_ids": place,
-            "past_key_values": past,
+            **with_cache(model, past),
         }
         outputs = []
         run = partial(lambda a, o: o.append(model(**a)), arguments, outputs)

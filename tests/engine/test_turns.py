@@ -14,6 +14,7 @@ from a3_engine.answering import assemble
 from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.fusion.turns import Turns
 from a3_engine.method import Method
+from a3_engine.model.caching import with_cache
 from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import FusionReport
 from tests.tiny import CONFIGS
@@ -53,7 +54,9 @@ def follow_up_logits(engine: A3Engine, prompt: Prompt, selector, *, reuse: bool)
     )
     with torch.inference_mode():
         ids = torch.tensor([prompt.ids])
-        return engine.runtime.model(input_ids=ids, past_key_values=cache).logits[0, -1]
+        return engine.runtime.model(
+            input_ids=ids, **with_cache(engine.runtime.model, cache)
+        ).logits[0, -1]
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -83,8 +86,8 @@ def test_a_follow_up_sees_what_the_turn_before_saw(tiny_engine, selector):
     longer = extended(engine, prompt, [fresh(engine, "Why so?")])
     model, n = engine.runtime.model, prompt.n_tokens
     with torch.inference_mode():
-        model(input_ids=torch.tensor([prompt.ids]), past_key_values=cache)
-        expected = model(torch.tensor([longer.ids[n:]]), past_key_values=cache).logits[0, -1]
+        model(input_ids=torch.tensor([prompt.ids]), **with_cache(model, cache))
+        expected = model(torch.tensor([longer.ids[n:]]), **with_cache(model, cache)).logits[0, -1]
     kept = follow_up_logits(engine, longer, method, reuse=True)
     torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
 

@@ -1,0 +1,37 @@
+"""What a model calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+
+The code of a model repository may have the older name with any transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import LlamaModel
+
+NAMES = ("cache", "past_key_values")
+
+
+def _accepted(forward: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in NAMES if name in parameters), None)
+
+
+OURS = _accepted(LlamaModel.forward) or NAMES[0]
+
+
+def with_cache(module: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument by which a module's forward takes this cache."""
+    return {_accepted(getattr(module, "forward", module)) or OURS: cache}
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's keyword arguments with no cache in them, under either name."""
+    return {name: None if name in NAMES else value for name, value in arguments.items()}
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's keyword arguments, or None."""
+    return next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
