@@ -81,7 +81,8 @@ def start(
         The folder cannot be used.
     """
     planner = PromptPlanner(tokenizer, encode_prefix)
-    support = examine(model)
+    shared = SharedDecoding(model)
+    support = shared.computing.run(lambda: examine(model))
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
     elif not support.tested:
@@ -98,7 +99,6 @@ def start(
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
-    shared = SharedDecoding(model)
     library = None
     if support.rotation is not None:
         library = ChunkLibrary(

@@ -44,18 +44,19 @@ class SharedDecoding:
 
     def run(self, reply: Reply) -> None:
         """Prefill a reply, and decode it to its end; one thread of those that wait leads."""
-        self.computing.run(lambda: self._prefill(reply))
+        self.computing.run(lambda: self._prefill(reply), rest=False)
         with self._meeting:
             self._replies.append(reply)
         try:
             while self._leads(reply):
                 try:
-                    self.computing.run(self._step)
+                    self.computing.run(self._step, rest=False)
                 finally:
                     with self._meeting:
                         self._led = False
                         self._meeting.notify_all()
         finally:  # also when the thread that waits is interrupted
+            self.computing.rest()
             with self._meeting:
                 self._replies = [other for other in self._replies if other is not reply]
         if reply.error is not None:

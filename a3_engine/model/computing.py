@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,14 +17,31 @@ _by_device: dict[str, Computing] = {}
 _making = threading.Lock()
 
 
+def _ending_helpers() -> Callable[[], object]:
+    """What ends the calling thread's OpenMP helpers, where torch computes by GNU's OpenMP.
+
+    It gives every thread that computes helpers of its own, which stay; and with more of them than
+    processors none waits actively any more, so that every small operation has to wake them.
+    """
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        try:
+            pause = ctypes.CDLL(str(library)).omp_pause_resource_all
+        except (OSError, AttributeError):
+            continue
+        return lambda: pause(1)  # omp_pause_soft: they come back with the next parallel work
+    return lambda: None
+
+
+_end_helpers = _ending_helpers()
+
+
 class Computing:
     """Runs work for one device.
 
-    Two forwards at once on one device take longer than one after the other. And on a CPU every
-    thread that computes gets OpenMP threads of its own, which hinder each other: a request decodes
-    slower beside the main thread than in it (docs/performance.md). So a program that asks from its
-    main thread alone computes there, and as soon as another thread asks, a thread of its own
-    computes for all.
+    Two forwards at once on one device take longer than one after the other, and a second thread
+    that computes on a CPU slows both (docs/performance.md). So a program that asks from its main
+    thread alone computes there, and as soon as another thread asks, a thread of its own computes
+    for all.
     """
 
     def __init__(self) -> None:
@@ -36,16 +55,28 @@ class Computing:
         with _making:
             return _by_device.setdefault(str(device), Computing())
 
-    def run(self, work: Callable[[], Result]) -> Result:
-        """The work's result, or its error; from within other work it runs at once."""
+    def run(self, work: Callable[[], Result], *, rest: bool = True) -> Result:
+        """The work's result, or its error; from within other work it runs at once.
+
+        Where ``rest`` is false more work follows soon, and somebody calls `rest` after the last.
+        """
         if threading.get_ident() == self._holder:
             return work()
         if self._pool is None and threading.current_thread() is threading.main_thread():
-            return self._take(work)
+            try:
+                return self._take(work)
+            finally:
+                if rest:
+                    self.rest()
         with _making:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(1, "a3-compute")
         return self._pool.submit(self._take, work).result()
+
+    def rest(self) -> None:
+        """Leave the processors to whatever thread computes next."""
+        if threading.current_thread() is threading.main_thread():
+            _end_helpers()
 
     def _take(self, work: Callable[[], Result]) -> Result:
         with self._turn, torch.inference_mode():
