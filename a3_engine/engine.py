@@ -23,6 +23,7 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
+from a3_engine.errors import UnsupportedModelError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
@@ -260,6 +261,8 @@ class A3Engine:
                 raise ValueError("The question is empty.")
             content: list[str | Chunk] = []
             for chunk in chunks:
+                if not (chunk.text if isinstance(chunk, Chunk) else chunk).strip():
+                    raise ValueError("A chunk is empty; leave it out.")
                 content += [chunk if isinstance(chunk, Chunk) else Chunk(chunk), "\n\n"]
             return self.runtime.planner.plan([Message("user", [*content, request])])
         if chunks:
@@ -344,7 +347,17 @@ class A3Engine:
         **method
             ``selector``, ``ratio``, ``compression``, ``keep``. A compression is applied by
             ``cache.compressor.compress(model, cache, first token)`` behind the forward pass.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Chunks of this model cannot be moved.
         """
+        if self.unsupported_reason:
+            raise UnsupportedModelError(
+                f"{self.name} cannot be fused: {self.unsupported_reason}. generate and stream "
+                "answer by ordinary prefill."
+            )
         prompt = self.plan(request, chunks)
         return prompt, assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
 

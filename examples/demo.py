@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,8 @@ def main() -> None:
     started = time.perf_counter()
     engine = A3Engine.from_pretrained("smollm2-135m-instruct")
     window = engine.context_window  # loads the model
+    if engine.unsupported_reason:
+        sys.exit(f"Nothing can be fused here: {engine.unsupported_reason}.")
     settings = {"engine": engine, "max_new_tokens": 40}
     llms = {
         "full prefill": A3LLM(**settings, selector="full_prefill"),

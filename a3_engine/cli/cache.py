@@ -20,6 +20,7 @@ from a3_engine.chunks.payload import DamagedPayload, read_header
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.engine import A3Engine
+from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.model.loading import default_cache_dir
 from a3_engine.prompt import Chunk
@@ -196,6 +197,10 @@ def run_warm(options: argparse.Namespace) -> None:
         codec=options.codec,
         store=options.store,
     )
+    if engine.unsupported_reason:
+        raise UnsupportedModelError(
+            f"Chunks of {options.model} cannot be stored: {engine.unsupported_reason}."
+        )
     done = engine.precompute(chunks)
     engine.close()
     print(f"{done.computed} chunks computed, {done.present} were stored before.")
@@ -214,6 +219,8 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _open(options: argparse.Namespace, size_limit: int = DEFAULT_SIZE_LIMIT) -> DiskStore:
+    if not (_folder(options) / "chunks").is_dir():
+        raise ValueError(f"There is no chunk store in {_folder(options)}; see --cache-dir.")
     return DiskStore(_folder(options) / "chunks", size_limit, secret=StoreOptions().secret)
 
 

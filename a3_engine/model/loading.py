@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -87,7 +88,12 @@ def load_model(
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"There is no dtype {dtype!r}; use bfloat16, float16 or float32.")
     if name.startswith((".", "/", "~")) and not source.exists():
-        raise ModelLoadError(f"There is no model folder at {source}.")
+        raise ModelLoadError(
+            f"There is no model folder at {source.absolute()}. Check the path; the folder holds a "
+            "config.json, a tokenizer and safetensors, as save_pretrained writes them."
+        )
+    if "/" not in name and not source.exists() and get_close_matches(name.lower(), [DEMO_MODEL]):
+        raise ModelLoadError(f"There is no model {name!r}; did you mean {DEMO_MODEL!r}?")
     location = str(source) if source.exists() else name
     try:
         with LOADING:
@@ -97,8 +103,8 @@ def load_model(
             )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelLoadError(
-            f"No model could be loaded from {name!r}: {error}. Give a hub id, a local folder in "
-            f"the format of transformers, a .gguf file, or {DEMO_MODEL!r}."
+            f"No model could be loaded from {name!r}: {str(error).rstrip('.')}. Give a hub id, a "
+            f"local folder in the format of transformers, a .gguf file, or {DEMO_MODEL!r}."
         ) from error
     try:
         return loaded.to(where).eval(), tokenizer

@@ -25,6 +25,11 @@ def tag_of(document: Document) -> str | None:
 
 def chunk_of(document: Document) -> Chunk:
     """The chunk of a document."""
+    if not isinstance(document, Document):
+        raise TypeError(
+            f"Give a list of Documents, such as Document(page_content=text), not "
+            f"{type(document).__name__}."
+        )
     return Chunk(document.page_content.strip(), tag_of(document))
 
 

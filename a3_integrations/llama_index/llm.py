@@ -123,7 +123,10 @@ class A3LLM(LLM):
         self, model: str | None = None, *, engine: A3Engine | None = None, **fields: Any
     ) -> None:
         if unknown := set(fields) - set(type(self).model_fields):
-            raise TypeError(f"A3LLM has no field {', '.join(sorted(unknown))}.")
+            raise TypeError(
+                f"A3LLM has no field {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(type(self).model_fields)}."
+            )
         if fields.get("selector") is not None:
             make_selector(fields["selector"], fields.get("ratio"))  # an unknown one fails here
         if fields.get("compression") is not None:
