@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,14 +55,15 @@ def measure_decoding(
     with ThreadPoolExecutor(at_once) as pool:
         for turn in range(repeats + 1):
             clock = _Clock()
-            with torch.inference_mode():
-                engine.runtime.model.generate(
-                    inputs,
-                    max_new_tokens=answer_tokens,
-                    do_sample=False,
-                    pad_token_id=0,
-                    stopping_criteria=StoppingCriteriaList([clock]),
-                )
+            plain = partial(
+                engine.runtime.model.generate,
+                inputs,
+                max_new_tokens=answer_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+            engine.runtime.computing.run(plain)  # in another thread it would hinder the rest
             engine.runtime.turns.clear()
             alone = pool.submit(ask, 0).result()
             round_ = {
