@@ -52,6 +52,7 @@ def measure_decoding(
         return requests * answer_tokens / (time.perf_counter() - started)
 
     found: dict[str, list[float]] = {"one": [], "generate": [], "request": [], "at_once": []}
+    engine.runtime.computing.rest()  # the machine's rates were measured in this thread
     with ThreadPoolExecutor(at_once) as pool:
         for turn in range(repeats + 1):
             clock = _Clock()
