@@ -261,8 +261,6 @@ class A3Engine:
                 raise ValueError("The question is empty.")
             content: list[str | Chunk] = []
             for chunk in chunks:
-                if not (chunk.text if isinstance(chunk, Chunk) else chunk).strip():
-                    raise ValueError("A chunk is empty; leave it out.")
                 content += [chunk if isinstance(chunk, Chunk) else Chunk(chunk), "\n\n"]
             return self.runtime.planner.plan([Message("user", [*content, request])])
         if chunks:

@@ -168,7 +168,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> int:
     """Read an archive; status 1 where something in it was refused."""
-    store, catalogue = _open(options, options.size_limit), _catalogue(options)
+    store, catalogue = _store(options, options.size_limit), _catalogue(options)
     with tqdm(desc="Importing", unit="chunk") as bar:
         count, refused = import_chunks(
             store, catalogue, options.archive, StoreOptions().secret, bar.update
@@ -218,9 +218,14 @@ def _folder(options: argparse.Namespace) -> Path:
     return (options.cache_dir or default_cache_dir()).expanduser()
 
 
-def _open(options: argparse.Namespace, size_limit: int = DEFAULT_SIZE_LIMIT) -> DiskStore:
+def _open(options: argparse.Namespace) -> DiskStore:
+    """The store, which has to be there."""
     if not (_folder(options) / "chunks").is_dir():
         raise ValueError(f"There is no chunk store in {_folder(options)}; see --cache-dir.")
+    return _store(options, DEFAULT_SIZE_LIMIT)
+
+
+def _store(options: argparse.Namespace, size_limit: int) -> DiskStore:
     return DiskStore(_folder(options) / "chunks", size_limit, secret=StoreOptions().secret)
 
 

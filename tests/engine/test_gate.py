@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from a3_engine import A3Engine, Precomputed
+from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.caching import cache_in, without_cache
 from tests.tiny import DERIVED, SHAPE, rope, tiny_model
 
@@ -194,6 +195,8 @@ def test_the_self_check_refuses_what_it_cannot_fuse_rightly(tiny_engine, sabotag
     sabotage(untouched)
     odd = A3Engine.from_pretrained(changed, tokenizer, cache_dir=engine.cache_dir)
     assert odd.unsupported_reason
+    with pytest.raises(UnsupportedModelError, match="ordinary prefill"):
+        odd.fuse(ASK, chunks=[LAMP])
     ids = torch.tensor([engine.plan(ASK, [LAMP]).ids])
     with torch.inference_mode():
         assert torch.equal(changed(ids).logits, untouched(ids).logits)

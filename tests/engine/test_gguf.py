@@ -145,3 +145,10 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelLoadError, match=r"(?s)'.*empty'.*\.gguf"):
         load_model(tmp_path / "empty", cache_dir=tmp_path)
+
+
+def test_a_name_close_to_the_demo_models_is_not_looked_for_elsewhere(tmp_path):
+    with pytest.raises(ModelLoadError, match="did you mean 'smollm2-135m-instruct'"):
+        load_model("smollm2-135m", cache_dir=tmp_path)
+    with pytest.raises(ModelLoadError, match="Check the path"):
+        load_model("./nowhere", cache_dir=tmp_path)

@@ -140,10 +140,10 @@ def test_an_interrupted_request_is_stepped_no_more(counted, monkeypatch):
     shared = engine.runtime.shared
     run = shared.computing.run
 
-    def interrupted(work):
+    def interrupted(work, **options):
         if work == shared._step:
             raise KeyboardInterrupt
-        return run(work)
+        return run(work, **options)
 
     monkeypatch.setattr(shared.computing, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -113,3 +113,10 @@ class TestStandard(VectorStoreIntegrationTests):
         inner = InMemoryVectorStore(self.get_embeddings())
         yield A3VectorStore(inner, ChatA3(engine=engine), show_progress=False)
         engine.close()
+
+
+def test_texts_in_place_of_documents_are_refused_by_name(tiny_engine):
+    llm = ChatA3(engine=tiny_engine())
+    for given in ("text", ["text"]):
+        with pytest.raises(TypeError, match="list of Documents"):
+            llm.precompute(given)

@@ -216,3 +216,10 @@ def test_doctor_names_what_is_wrong(cache, capsys):
     assert "1 damaged" in out
     assert "nonsense" in out
     assert run("doctor", "--cache-dir", cache.parent / "nowhere") == 1
+
+
+def test_a_folder_without_a_store_says_so_and_stays_as_it_is(tmp_path, capsys):
+    for command in (["stats"], ["ls"], ["verify"], ["evict", "--tag", "x"]):
+        assert run(*command, "--cache-dir", tmp_path / "none") == 1
+        assert "no chunk store in" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
