@@ -16,7 +16,7 @@ from a3_engine.decoding.generate import decode
 from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.streaming import TextEmitter
-from a3_engine.errors import ContextOverflowError
+from a3_engine.errors import ContextOverflowError, UnsupportedModelError
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import Abandoned
 from a3_engine.fusion.loading import allocate, load_chunks
@@ -75,8 +75,11 @@ def assemble(
     reused: int = 0,
 ) -> FusedCache:
     """Lay chunks, behind ``reused`` tokens of a turn, into a cache with the pass to complete it."""
-    assert runtime.library is not None
-    assert runtime.support.rotation is not None
+    if runtime.library is None or runtime.support.rotation is None:
+        raise UnsupportedModelError(
+            f"{runtime.name} cannot be fused: {runtime.support.reason}. generate and stream "
+            "answer by ordinary prefill."
+        )
     selector, rotation = method.selector, runtime.support.rotation
     started = time.perf_counter()
     loaded = []

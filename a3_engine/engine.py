@@ -23,7 +23,6 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
-from a3_engine.errors import UnsupportedModelError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
@@ -351,11 +350,6 @@ class A3Engine:
         UnsupportedModelError
             Chunks of this model cannot be moved.
         """
-        if self.unsupported_reason:
-            raise UnsupportedModelError(
-                f"{self.name} cannot be fused: {self.unsupported_reason}. generate and stream "
-                "answer by ordinary prefill."
-            )
         prompt = self.plan(request, chunks)
         return prompt, assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
 from a3_engine.model.caching import with_cache
@@ -56,25 +57,27 @@ class BatchCache(Cache):
         return max(self.lengths)
 
 
-def step(forward: Any, ids: Sequence[int], caches: Sequence[Cache], device: Any) -> torch.Tensor:
+def step(
+    model: nn.Module, ids: Sequence[int], caches: Sequence[Cache], device: Any
+) -> torch.Tensor:
     """Logits behind one token of each request, shape ``(requests, 1, vocabulary)``.
 
     Parameters
     ----------
-    forward : callable
-        The forward of a model whose hooks are installed.
+    model : Module
+        With the hooks of the fusion pass.
     ids : sequence of int
         A token for each request.
     caches : sequence of Cache
         Theirs; each grows by its token.
     """
     batch = BatchCache(caches)
-    logits: torch.Tensor = forward(
+    logits: torch.Tensor = model(
         input_ids=torch.tensor(ids, device=device)[:, None],
         position_ids=torch.tensor(batch.lengths, device=device)[:, None],
         # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
         attention_mask=torch.empty(1, 1, 1, 1, device=device),
-        **with_cache(forward, batch),
+        **with_cache(model, batch),
         use_cache=True,
     ).logits
     return logits

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
+from torch import nn
 from transformers import LlamaModel
 
 NAMES = ("cache", "past_key_values")
 
 
+@lru_cache
 def _accepted(forward: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(forward).parameters
     return next((name for name in NAMES if name in parameters), None)
@@ -22,9 +25,9 @@ def _accepted(forward: Callable[..., Any]) -> str | None:
 OURS = _accepted(LlamaModel.forward) or NAMES[0]
 
 
-def with_cache(module: Any, cache: Any) -> dict[str, Any]:
+def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
     """The keyword argument by which a module's forward takes this cache."""
-    return {_accepted(getattr(module, "forward", module)) or OURS: cache}
+    return {_accepted(type(module).forward) or OURS: cache}
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,6 @@ class A3LLM(A3Settings, BaseLLM):
         def answer(prompt: str) -> list[GenerationChunk]:
             return list(self._stream(prompt, stop, **kwargs))
 
-        if len(prompts) == 1:
-            return _result([answer(prompts[0])])
         with ContextThreadPoolExecutor(AT_ONCE) as pool:  # they decode together
             return _result(list(pool.map(answer, prompts)))
 
