@@ -26,6 +26,7 @@ from a3_engine.model.caching import without_cache
 from a3_engine.model.rows import Ragged, Rows, Scratch
 
 PREFIX = "a3_"
+FUSED_KEYS = 3072  # up to so many, the fused kernel is the quickest for one token everywhere
 
 
 class Captured(Exception):
@@ -108,12 +109,12 @@ def attend_rows(
         rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
     attend = _attention_for(query, rows.scratch, softcap)
     output = torch.empty_like(query)
-    for block in rows.blocks(sliding_window, query.device):
+    for block in rows.blocks(sliding_window, query):
         attend(
             query[:, :, block.rows],
             key[:, :, block.keys],
             value[:, :, block.keys],
-            block.hidden,
+            block.mask,
             scaling,
             output[:, :, block.rows],
         )
@@ -145,21 +146,26 @@ def attend_ragged(
     torch.Tensor
         Shape ``(requests, 1, heads, head_dim)``.
     """
-    attend = _attention_for(query, ragged.scratch, softcap)
-    output = torch.empty_like(query)
-    seen = slice(-sliding_window if sliding_window else None, None)
-    nothing = torch.empty(1, 0, dtype=torch.bool, device=query.device)
+    n_requests, heads, head_dim = query.shape[0], query.shape[1], query.shape[3]
+    kv_heads = keys[0].shape[1]
+    # Heads that share keys stand as rows: a kernel for single heads may copy the keys for each.
+    grouped = query.reshape(n_requests, kv_heads, heads // kv_heads, head_dim)
+    output = torch.empty_like(grouped)
     for place, (key, value) in enumerate(zip(keys, values, strict=True)):
-        one = slice(place, place + 1)
-        attend(query[one], key[:, :, seen], value[:, :, seen], nothing, scaling, output[one])
-    return output.transpose(1, 2)
+        one, into = grouped[place : place + 1], output[place : place + 1]
+        if sliding_window:
+            key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
+        few = key.shape[2] <= FUSED_KEYS
+        attend = _attention_for(one, ragged.scratch, softcap, few)
+        attend(one, key, value, None, scaling, into)
+    return output.view(n_requests, 1, heads, head_dim)
 
 
 def _attention_for(
-    query: torch.Tensor, scratch: Scratch, softcap: float | None
+    query: torch.Tensor, scratch: Scratch, softcap: float | None, few: bool = False
 ) -> Callable[..., None]:
     """What attends a block of these queries quickest, into its last argument."""
-    if softcap is None and not _multiplies_faster(query):
+    if softcap is None and (few or not _multiplies_faster(query)):
         return _attend_fused
     return partial(_attend_plain, scratch=scratch, softcap=softcap)
 
@@ -168,7 +174,8 @@ def _multiplies_faster(query: torch.Tensor) -> bool:
     """Whether plain products beat the fused kernel: bf16 on a CPU that multiplies it natively.
 
     638 rows over 4,144 keys: 25 ms against 47, with a relative error of 0.0044 against 0.0022
-    (2 cores with AVX512-bf16; the rounding of bf16 itself is 0.002).
+    (2 cores with AVX512-bf16; the rounding of bf16 itself is 0.002). One token over few keys is
+    faster through the kernel, which has no product to prepare.
     """
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     return on_cpu and torch.cpu._is_avx512_bf16_supported()
@@ -178,14 +185,20 @@ def _attend_fused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    visible = torch.nn.functional.pad(~hidden, (key.shape[2] - hidden.shape[1], 0), value=True)
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (key.shape[2] - mask.shape[1], 0))
     output.copy_(
         scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     )
 
@@ -194,7 +207,7 @@ def _attend_plain(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
     scaling: float,
     output: torch.Tensor,
     *,
@@ -205,18 +218,24 @@ def _attend_plain(
     _, heads, n_rows, head_dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     grouped = (query * scaling).reshape(kv_heads, heads // kv_heads * n_rows, head_dim)
-    shape = (kv_heads, grouped.shape[1], n_keys)
-    if query.device.type == "cpu":
+    # A CPU keeps the scores of one head in its caches, and those of one token anyway.
+    on_cpu = query.device.type == "cpu"
+    at_once = 1 if on_cpu and mask is not None else kv_heads
+    shape = (at_once, grouped.shape[1], n_keys)
+    if on_cpu:
         scores = scratch.take(math.prod(shape), query.dtype).view(shape)
     else:
         scores = query.new_empty(shape)
-    _multiply(grouped, key[0].transpose(1, 2), scores)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    by_row = scores.view(kv_heads, -1, n_rows, n_keys)
-    by_row[..., n_keys - hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
-    torch.softmax(scores, dim=-1, out=scores)  # computes in fp32 whatever the dtype
-    _multiply(scores, value[0], grouped)
+    by_row = scores.view(at_once, -1, n_rows, n_keys)
+    for head in range(0, kv_heads, at_once):
+        some = slice(head, head + at_once)
+        _multiply(grouped[some], key[0, some].transpose(1, 2), scores)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            by_row[..., n_keys - mask.shape[1] :] += mask
+        torch.softmax(scores, dim=-1, out=scores)  # computes in fp32 whatever the dtype
+        _multiply(scores, value[0, some], grouped[some])
     output.copy_(grouped.view(1, heads, n_rows, head_dim))
 
 

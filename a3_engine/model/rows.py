@@ -10,7 +10,7 @@ import torch
 
 # A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
 # small one in its caches. An accelerator wants large ones.
-CPU_BLOCK_ROWS, BLOCK_ROWS = 64, 1024
+CPU_BLOCK_ROWS, BLOCK_ROWS = 128, 1024
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
 
@@ -18,13 +18,13 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
 class Block(NamedTuple):
     """Rows that are attended together.
 
-    ``keys`` are those that any of them may see. ``hidden``, of shape ``(rows, h)`` on the keys'
-    device, marks which of the last ``h`` of these keys a row does not see; it sees all others.
+    ``keys`` are those that any of them may see. ``mask``, of shape ``(rows, m)``, is added to the
+    scores of the last ``m`` of these keys: minus infinity where a row does not see one, else 0.
     """
 
     rows: slice
     keys: slice
-    hidden: torch.Tensor
+    mask: torch.Tensor
 
 
 class Scratch:
@@ -65,7 +65,7 @@ class Rows:
     positions: torch.Tensor
     key_positions: torch.Tensor | None = None
     observer: Observer | None = None
-    _plans: dict[tuple[int | None, torch.device], list[Block]] = field(
+    _plans: dict[tuple[int | None, torch.device, torch.dtype], list[Block]] = field(
         default_factory=dict, repr=False, compare=False
     )
     scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
@@ -76,13 +76,14 @@ class Rows:
             return positions.clamp(min=0)
         return torch.searchsorted(self.key_positions, positions)
 
-    def blocks(self, window: int | None, device: torch.device) -> list[Block]:
-        """The rows in blocks, for layers with this sliding window on this device."""
-        if (window, device) not in self._plans:
-            self._plans[window, device] = self._cut(window, device)
-        return self._plans[window, device]
+    def blocks(self, window: int | None, query: torch.Tensor) -> list[Block]:
+        """The rows in blocks, for layers with this sliding window and such queries."""
+        plan = window, query.device, query.dtype
+        if plan not in self._plans:
+            self._plans[plan] = self._cut(*plan)
+        return self._plans[plan]
 
-    def _cut(self, window: int | None, device: torch.device) -> list[Block]:
+    def _cut(self, window: int | None, device: torch.device, dtype: torch.dtype) -> list[Block]:
         n_rows = len(self.positions)
         size = CPU_BLOCK_ROWS if device.type == "cpu" else BLOCK_ROWS
         stops = self.keys_before(self.positions + 1)
@@ -97,5 +98,6 @@ class Rows:
             hidden = where >= stops[rows, None]
             if starts is not None:
                 hidden |= where < starts[rows, None]
-            blocks.append(Block(rows, slice(first, last), hidden.to(device)))
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            blocks.append(Block(rows, slice(first, last), mask.to(device)))
         return blocks
