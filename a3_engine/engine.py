@@ -69,6 +69,9 @@ class A3Engine:
         How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
+    own : bool
+        Whether the loaded model is the engine's alone, to be laid out for this machine; see
+        :mod:`a3_engine.model.packing`. One given to :meth:`from_pretrained` is not.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class A3Engine:
         size_limit: int = DEFAULT_SIZE_LIMIT,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
+        own: bool = True,
     ) -> None:
         self.name = name
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
@@ -96,6 +100,7 @@ class A3Engine:
             "size_limit": size_limit,
             "codec": get_codec(codec).name,
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
+            "own": own,
         }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
@@ -138,7 +143,7 @@ class A3Engine:
                 raise ValueError("Give the tokenizer together with a loaded model.")
             pair = (model.eval(), tokenizer)
             name = model.config._name_or_path or type(model).__name__
-            return cls(lambda: pair, name=name, cache_dir=cache_dir, **options)
+            return cls(lambda: pair, name=name, cache_dir=cache_dir, own=False, **options)
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
         recipe: dict[str, Any] = {

@@ -18,6 +18,7 @@ from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
 from a3_engine.model.computing import Computing
+from a3_engine.model.packing import pack
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
@@ -67,6 +68,7 @@ def start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    own: bool,
     cache_dir: Path,
     encode_prefix: str,
     size_limit: int,
@@ -75,6 +77,11 @@ def start(
 ) -> Runtime:
     """Examine a model and open its store.
 
+    Parameters
+    ----------
+    own : bool
+        Nobody else uses the model, so that its weights may be packed.
+
     Raises
     ------
     StoreError
@@ -82,6 +89,9 @@ def start(
     """
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
+    weights = model_fingerprint(model)
+    if own:
+        pack(model)
     support = shared.computing.run(lambda: examine(model))
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
@@ -94,7 +104,7 @@ def start(
     chunks = open_store(cache_dir / "chunks", size_limit, store)
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
     engine = digest(
-        model_fingerprint(model),
+        weights,
         tokenizer_fingerprint(tokenizer),
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.benchmark.roofline import Shape
+from a3_engine.model.packing import PackedLinear
 
 REPEATS = 5
 SQUARE = {"cpu": 2048}  # side of a product that is large for the device
@@ -69,8 +70,13 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 def linear_rate(model: PreTrainedModel, n_rows: int) -> float:
     """Operations a second of the model's own linear layers for so many rows."""
     layers = model.get_decoder().layers[:LAYERS]
-    maps = [each for layer in layers for each in layer.modules() if isinstance(each, nn.Linear)]
-    device = maps[0].weight.device
+    maps = [
+        each
+        for layer in layers
+        for each in layer.modules()
+        if isinstance(each, nn.Linear | PackedLinear)
+    ]
+    device = next(layers[0].parameters()).device
     inputs = {
         each.in_features: torch.randn(n_rows, each.in_features, dtype=model.dtype, device=device)
         for each in maps
@@ -80,7 +86,8 @@ def linear_rate(model: PreTrainedModel, n_rows: int) -> float:
         for each in maps:
             each(inputs[each.in_features])
 
-    return 2 * n_rows * sum(each.weight.numel() for each in maps) / fastest(run, device)
+    weights = sum(each.in_features * each.out_features for each in maps)
+    return 2 * n_rows * weights / fastest(run, device)
 
 
 @torch.inference_mode()

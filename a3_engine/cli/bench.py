@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from a3_engine.benchmark import simulate
@@ -75,11 +76,12 @@ def run_bench(options: argparse.Namespace) -> None:
         print(simulate.tables(options.contexts, ratios[0]))
         return
     methods = make_methods(options.methods.split(","), ratios)
-    model, tokenizer = load_model(options.model, cache_dir=default_cache_dir(), dtype=options.dtype)
-    # No such token: all answers have the same length.
-    model.generation_config.eos_token_id = model.config.get_text_config().vocab_size
+    load = partial(load_model, options.model, cache_dir=default_cache_dir(), dtype=options.dtype)
     with tempfile.TemporaryDirectory(prefix="a3-bench-") as store:
-        engine = A3Engine.from_pretrained(model, tokenizer, cache_dir=store, codec=options.codec)
+        engine = A3Engine(load, name=options.model, cache_dir=store, codec=options.codec)
+        model = engine.runtime.model
+        # No such token: all answers have the same length.
+        model.generation_config.eos_token_id = model.config.get_text_config().vocab_size
         found = run(
             engine,
             options.contexts,

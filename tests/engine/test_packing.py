@@ -1,0 +1,63 @@
+"""Packed weights compute what the model's own do, and belong to the engine alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from a3_engine import A3Engine
+from a3_engine.model.loading import load_model
+from a3_engine.model.packing import PackedLinear, pack
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16 natively"
+)
+
+
+def packed_layers(model: nn.Module) -> int:
+    return sum(isinstance(each, PackedLinear) for each in model.modules())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 77), (300,)])
+@torch.inference_mode()
+def test_a_packed_layer_computes_the_same(shape: tuple[int, ...], bias: bool):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 160, bias=bias, dtype=torch.bfloat16)
+    states = torch.randn(*shape, 192, dtype=torch.bfloat16)[..., ::2]
+    expected = nn.functional.linear(
+        states.float(), linear.weight.float(), linear.bias.float() if bias else None
+    )
+    torch.testing.assert_close(PackedLinear(linear)(states).float(), expected, atol=0.02, rtol=0.01)
+
+
+def test_other_layers_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Embedding(8, 64))
+    pack(model)
+    assert packed_layers(model) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3"])
+def test_an_engine_packs_the_model_that_it_loads(name: str, tmp_path: Path):
+    """It answers as one around a given model, which stays whole, and reads that one's chunks."""
+    folder, settings = tmp_path / "model", {"dtype": torch.bfloat16, "device": "cpu"}
+    tiny_model(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    given, tokenizer = load_model(folder, cache_dir=tmp_path, **settings)
+    around = A3Engine.from_pretrained(given, tokenizer, cache_dir=tmp_path)
+    loading = A3Engine.from_pretrained(folder, cache_dir=tmp_path, **settings)
+    request = {"chunks": ["one two three four", "five six seven"], "logprobs": 1}
+    answers = [
+        engine.generate("what comes next?", max_new_tokens=4, ratio=1.0, **request)
+        for engine in (around, loading)
+    ]
+    assert packed_layers(given) == 0
+    assert packed_layers(loading.runtime.model) > 4
+    assert around.fingerprint == loading.fingerprint
+    assert answers[1].report.hits == 2
+    first, second = (answer.report.logprobs[0].logprob for answer in answers)
+    assert first == pytest.approx(second, abs=0.05)
