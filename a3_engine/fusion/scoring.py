@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import FusionPass, run_pass
 from a3_engine.fusion.layout import Layout
+from a3_engine.model.attention import multiply
 from a3_engine.model.rows import Rows
 
 
@@ -47,9 +48,8 @@ class AttentionSums:
         kv_heads, n_tokens, head_dim = key.shape[1:]
         question = query[0, :, self._index.to(query.device)] * scaling
         group, n_question = question.shape[0] // kv_heads, question.shape[1]
-        scores = torch.matmul(
-            question.reshape(kv_heads, group * n_question, head_dim), key[0].transpose(1, 2)
-        )
+        scores = query.new_empty(kv_heads, group * n_question, n_tokens)
+        multiply(question.reshape(kv_heads, -1, head_dim), key[0].transpose(1, 2), scores)
         scores.view(kv_heads, group, n_question, n_tokens)[..., self._first :].masked_fill_(
             self._after.to(scores.device), float("-inf")
         )

@@ -229,17 +229,17 @@ def _attend_plain(
     by_row = scores.view(at_once, -1, n_rows, n_keys)
     for head in range(0, kv_heads, at_once):
         some = slice(head, head + at_once)
-        _multiply(grouped[some], key[0, some].transpose(1, 2), scores)
+        multiply(grouped[some], key[0, some].transpose(1, 2), scores)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
             by_row[..., n_keys - mask.shape[1] :] += mask
         torch.softmax(scores, dim=-1, out=scores)  # computes in fp32 whatever the dtype
-        _multiply(scores, value[0, some], grouped[some])
+        multiply(scores, value[0, some], grouped[some])
     output.copy_(grouped.view(1, heads, n_rows, head_dim))
 
 
-def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     """``(n, a, b) @ (n, b, c)``; one by one on a CPU, where `bmm` copies slices of a buffer."""
     if out.device.type != "cpu":
         torch.bmm(left, right, out=out)
