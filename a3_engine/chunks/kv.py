@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,12 @@ class ChunkKV:
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+
+def kv_shape(decoder: PreTrainedModel, n_tokens: int) -> tuple[int, int, int, int]:
+    """``(layers, kv_heads, tokens, head_dim)`` of the keys and values of so many tokens."""
+    config = decoder.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return len(decoder.layers), config.num_key_value_heads, n_tokens, head_dim

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.encoding import encode_chunk, kv_shape
+from a3_engine.chunks.encoding import encode_chunk
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.flights import Flights
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.encoding import kv_shape
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
