@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,7 @@ from a3_engine.tools import Tool, spelled_out
 __all__ = ["Chunk", "Message", "Prompt", "PromptPlanner", "Segment"]
 
 PLACEHOLDER = "a3placeholder{}end"
+REMEMBERED_CHUNKS = 256  # their ids, some kilobytes each; the same documents are asked again
 PROBE: Tool = {
     "type": "function",
     "function": {
@@ -137,6 +139,7 @@ class PromptPlanner:
         self.tokenizer = tokenizer
         self.find = find
         self._lock = _lock_of(tokenizer)
+        self._remembered_ids = lru_cache(REMEMBERED_CHUNKS)(self.tokenize_text)
         self._bos = self._leading_ids()
         self._trims = self._knows_tools = False
         if tokenizer.chat_template:
@@ -210,7 +213,7 @@ class PromptPlanner:
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk: its text without white space around it, never control tokens."""
-        return self.tokenize_text(text.strip())
+        return self._remembered_ids(text.strip())
 
     def tokenize_text(self, text: str) -> tuple[int, ...]:
         """Ids of text in which control tokens are only characters."""
@@ -334,7 +337,7 @@ class PromptPlanner:
 
     def _append_chunk(self, segments: list[Segment], chunk: Chunk) -> None:
         text = chunk.text.strip()
-        if ids := self.tokenize_text(text):
+        if ids := self.chunk_ids(text):
             segments.append(Segment("chunk", ids, text, chunk.tag))
 
     @staticmethod

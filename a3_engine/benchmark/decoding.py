@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from a3_engine.benchmark.prompts import QUESTION
 from a3_engine.benchmark.requests import spread
 from a3_engine.engine import A3Engine
+from a3_engine.fusion.batch import step
+from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.fuse import run_pass
+from a3_engine.prompt import Prompt
 from a3_engine.report import FusionReport
 
 
@@ -31,11 +36,12 @@ class _Clock(StoppingCriteria):
 def measure_decoding(
     engine: A3Engine, chunks: Sequence[str], *, at_once: int, answer_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Tokens a second, the three taking turns; the first round warms up and is not counted.
+    """Tokens a second, taking turns; the first round warms up and is not counted.
 
     Requests are fused by full reuse. ``one`` and ``generate`` count the tokens behind the first, by
     the time between them. ``request`` and ``at_once`` count all tokens, by the time from the call
-    to the last token of the last answer: of one request in a thread, and of so many.
+    to the last token of the last answer: of one request in a thread, and of so many. ``step`` and
+    ``steps`` are the model's steps alone, for one cache and for so many, with no token chosen.
     """
     prompt = engine.plan(QUESTION, chunks)
     inputs = torch.tensor([list(prompt.ids)], device=engine.runtime.model.device)
@@ -51,20 +57,29 @@ def measure_decoding(
         list(pool.map(ask, range(requests)))
         return requests * answer_tokens / (time.perf_counter() - started)
 
-    found: dict[str, list[float]] = {"one": [], "generate": [], "request": [], "at_once": []}
-    engine.runtime.computing.rest()  # the machine's rates were measured in this thread
+    def stepping(requests: int) -> float:
+        started = time.perf_counter()
+        for _ in range(answer_tokens):
+            logits = step(model, [0] * requests, caches[:requests], model.device)
+        int(logits.argmax())  # the device has done it all
+        return requests * answer_tokens / (time.perf_counter() - started)
+
+    model, computing = engine.runtime.model, engine.runtime.computing
+    caches = [computing.run(partial(_prefilled, engine, prompt)) for _ in range(at_once)]
+    found: dict[str, list[float]] = defaultdict(list)
+    computing.rest()  # the machine's rates were measured in this thread
     with ThreadPoolExecutor(at_once) as pool:
         for turn in range(repeats + 1):
             clock = _Clock()
             plain = partial(
-                engine.runtime.model.generate,
+                model.generate,
                 inputs,
                 max_new_tokens=answer_tokens,
                 do_sample=False,
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
-            engine.runtime.computing.run(plain)  # in another thread it would hinder the rest
+            computing.run(plain)  # in another thread it would hinder the rest
             engine.runtime.turns.clear()
             alone = pool.submit(ask, 0).result()
             round_ = {
@@ -72,6 +87,8 @@ def measure_decoding(
                 "generate": (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]),
                 "request": together(pool, 1),
                 "at_once": together(pool, at_once),
+                "step": computing.run(partial(stepping, 1)),
+                "steps": computing.run(partial(stepping, at_once)),
             }
             if turn:
                 for name, value in round_.items():
@@ -79,3 +96,9 @@ def measure_decoding(
     return {"requests": at_once} | {
         f"{name}_per_s": spread(values, 2) for name, values in found.items()
     }
+
+
+def _prefilled(engine: A3Engine, prompt: Prompt) -> FusedCache:
+    _, cache = engine.fuse(prompt, selector="full_reuse")
+    run_pass(engine.runtime.model.get_decoder(), prompt.ids, cache)
+    return cache

@@ -27,14 +27,22 @@ ATTENDED_ROWS = 256  # scores of more rows at once would only take memory
 
 @dataclass(frozen=True)
 class Rates:
-    """Of matrix products in operations a second, of copies in bytes read and written a second."""
+    """Of matrix products in operations a second, of copies in bytes read and written a second.
+
+    ``new_copy`` is a copy's rate into memory that the system has yet to hand out, page by page.
+    """
 
     matmul: float
     copy: float
+    new_copy: float
 
     def best(self, other: Rates) -> Rates:
         """The higher of each."""
-        return Rates(max(self.matmul, other.matmul), max(self.copy, other.copy))
+        return Rates(
+            max(self.matmul, other.matmul),
+            max(self.copy, other.copy),
+            max(self.new_copy, other.new_copy),
+        )
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +63,7 @@ def machine() -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """A large square product in the model's dtype, and a large copy; the fastest of five."""
+    """A large square product in the model's dtype, and large copies; the fastest of five."""
     side = SQUARE.get(device.type, LARGE_SQUARE)
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
@@ -63,6 +71,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(
         matmul=2 * side**3 / fastest(lambda: left @ right, device),
         copy=2 * COPIED / fastest(lambda: target.copy_(source), device),
+        new_copy=2 * COPIED / fastest(source.clone, device),
     )
 
 

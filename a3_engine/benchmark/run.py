@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def run(
     ]
     return {
         "machine": machine(),
-        "rates": {"matmul": round(rates.matmul), "copy": round(rates.copy)},
+        "rates": {name: round(rate) for name, rate in asdict(rates).items()},
         "ingestion": ingestion,
         "decoding": decoding,
         "results": results,
@@ -124,11 +125,14 @@ def _summary(
         "kv_bytes": report.kv_bytes,
         "peak_bytes": peak,
         # A plain copy reads and writes as many bytes.
-        "load_to_copy": round(load_s * rates.copy / (2 * report.bytes_read), 2)
-        if report.bytes_read
-        else None,
+        "load_to_copy": _to_copy(load_s, report.bytes_read, rates.copy),
+        "load_to_new_copy": _to_copy(load_s, report.bytes_read, rates.new_copy),
         "roofline": _roofline(engine, method, timed, rates),
     }
+
+
+def _to_copy(seconds: float, nbytes: int, rate: float) -> float | None:
+    return round(seconds * rate / (2 * nbytes), 2) if nbytes else None
 
 
 def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: Rates) -> Row | None:

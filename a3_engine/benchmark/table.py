@@ -16,7 +16,7 @@ def tables(benchmark: Row) -> str:
     where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [
         f"{where}; torch {machine['torch']}; matrix products {rates['matmul'] / 1e9:,.0f} GFLOP/s, "
-        f"copies {rates['copy'] / 1e9:.1f} GB/s"
+        f"copies {rates['copy'] / 1e9:.1f} GB/s, {rates['new_copy'] / 1e9:.1f} into new memory"
     ]
     for row in benchmark["results"]:
         place = (row["context_tokens"], row["chunk_tokens"])
@@ -34,7 +34,9 @@ def tables(benchmark: Row) -> str:
     lines += [
         f"decoding at {each['context_tokens']}, tokens/s (median): "
         f"{each['one_per_s']['median']:.1f} behind the first, "
-        f"{each['generate_per_s']['median']:.1f} by transformers' generate; with the prefill "
+        f"{each['generate_per_s']['median']:.1f} by transformers' generate; in steps of one "
+        f"{each['step_per_s']['median']:.1f}, of {each['requests']} "
+        f"{each['steps_per_s']['median']:.1f}; with the prefill "
         f"{each['request_per_s']['median']:.1f} of one request, "
         f"{each['at_once_per_s']['median']:.1f} of {each['requests']} at once"
         for each in benchmark["decoding"]
@@ -44,9 +46,9 @@ def tables(benchmark: Row) -> str:
 
 HEAD = (
     "context", "chunk", "method", "ratio", "TTFT s", "least", "most", "sooner", *PARTS, "tok/s",
-    "read MB", "peak MB", "x limit", "x shapes", "x copy",
+    "read MB", "peak MB", "x limit", "x shapes", "x copy", "x new",
 )  # fmt: skip
-WIDTHS = (8, 6, 18, 6, 8, 8, 8, 7, 7, 7, 7, 10, 12, 7, 7, 8, 8, 8, 9, 7)
+WIDTHS = (8, 6, 18, 6, 8, 8, 8, 7, 7, 7, 7, 10, 12, 7, 7, 8, 8, 8, 9, 7, 7)
 
 
 def _reference(results: list[Row], place: tuple[int, int]) -> float | None:
@@ -73,6 +75,7 @@ def _cells(row: Row, reference: float | None) -> tuple[str, ...]:
         f"{roofline['pass_to_limit']:.2f}" if roofline else "",
         f"{roofline['pass_to_limit_at_shapes']:.2f}" if roofline else "",
         f"{row['load_to_copy']:.2f}" if row["load_to_copy"] else "",
+        f"{row['load_to_new_copy']:.2f}" if row["load_to_new_copy"] else "",
     )
 
 

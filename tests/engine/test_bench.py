@@ -173,7 +173,7 @@ def test_the_command_prints_json_and_draws(tmp_path, capsys):
 def test_decoding_is_measured_alone_and_at_once(found):
     for row in found["decoding"]:
         assert row["requests"] == 2
-        for name in ("one", "generate", "request", "at_once"):
+        for name in ("one", "generate", "request", "at_once", "step", "steps"):
             assert row[f"{name}_per_s"]["min"] > 0
     assert len(found["decoding"]) == 2
     assert "2 at once" in tables(found)
