@@ -81,10 +81,9 @@ def main() -> None:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="a3-compare-") as store:
-        engine = A3Engine.from_pretrained(options.model)
-        loaded = engine.runtime.model
+        loaded = A3Engine.from_pretrained(options.model).runtime.model
         folder = loaded.config._name_or_path
-        engine = A3Engine.from_pretrained(loaded, engine.runtime.tokenizer, cache_dir=store)
+        engine = A3Engine.from_pretrained(folder, cache_dir=store)
         texts = passages(engine, options.tokens)
         engine.precompute(texts)
         plain_llama_index, plain_langchain = peers(folder, loaded.dtype, str(loaded.device))

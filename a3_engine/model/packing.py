@@ -22,7 +22,10 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        weight = linear.weight.detach()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        # What the model's fingerprint sees of the weight.
+        self.register_buffer("checksum", weight.view(torch.int16).sum(dtype=torch.int64)[None])
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

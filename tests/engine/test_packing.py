@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from a3_engine import A3Engine
+from a3_engine.chunks.fingerprint import model_fingerprint
 from a3_engine.model.loading import load_model
 from a3_engine.model.packing import PackedLinear, pack
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -33,6 +34,15 @@ def test_a_packed_layer_computes_the_same(shape: tuple[int, ...], bias: bool):
         states.float(), linear.weight.float(), linear.bias.float() if bias else None
     )
     torch.testing.assert_close(PackedLinear(linear)(states).float(), expected, atol=0.02, rtol=0.01)
+
+
+def test_packed_weights_count_in_the_fingerprint():
+    model, other = (tiny_model("llama").to(torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    pack(model)
+    pack(other)
+    assert model_fingerprint(model) != model_fingerprint(other)
 
 
 def test_other_layers_stay_as_they_are():
