@@ -89,9 +89,6 @@ def start(
     """
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
-    weights = model_fingerprint(model)
-    if own:
-        pack(model)
     support = shared.computing.run(lambda: examine(model))
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
@@ -104,11 +101,13 @@ def start(
     chunks = open_store(cache_dir / "chunks", size_limit, store)
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
     engine = digest(
-        weights,
+        model_fingerprint(model),
         tokenizer_fingerprint(tokenizer),
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
+    if own and support.reason is None:
+        pack(model)
     library = None
     if support.rotation is not None:
         library = ChunkLibrary(

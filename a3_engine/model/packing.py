@@ -41,11 +41,14 @@ def pack(model: nn.Module) -> None:
     """Exchange the model's bf16 linear layers on a CPU that multiplies bf16 natively.
 
     The model can be neither trained, saved nor moved afterwards. A weight that is an embedding
-    too is kept for that as well. Nothing happens where torch cannot do it.
+    too is kept for that as well. Nothing happens where torch cannot do it, nor to layers inside
+    code from elsewhere (adapters, a model's repository), which may look at their weights.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return
     for parent in list(model.modules()):
+        if not type(parent).__module__.startswith("transformers.models."):
+            continue
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and _fits(child):
                 try:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from a3_engine import A3Engine
 from a3_engine.chunks.fingerprint import model_fingerprint
 from a3_engine.model.loading import load_model
 from a3_engine.model.packing import PackedLinear, pack
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16 natively"
@@ -46,9 +47,28 @@ def test_packed_weights_count_in_the_fingerprint():
 
 
 def test_other_layers_stay_as_they_are():
-    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Embedding(8, 64))
+    """fp32 weights, and those inside code from elsewhere, which may look at them."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = nn.Sequential(attention.q_proj)
+    attention.k_proj.float()
     pack(model)
-    assert packed_layers(model) == 0
+    kept = [n for n, each in model.named_modules() if type(each) is nn.Linear]
+    assert [name.split("self_attn.")[1] for name in kept] == ["q_proj.0", "k_proj"]
+
+
+def test_a_model_that_is_refused_answers_as_before(tmp_path: Path):
+    """Mamba's layers read the weights of their linear layers."""
+    folder = tmp_path / "model"
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)
+    MambaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    engine = A3Engine.from_pretrained(
+        folder, cache_dir=tmp_path, dtype=torch.bfloat16, device="cpu"
+    )
+    assert engine.unsupported_reason is not None
+    assert engine.generate("what comes next?", max_new_tokens=3).report.generated_tokens > 0
+    assert packed_layers(engine.runtime.model) == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi3"])
