@@ -6,6 +6,8 @@ longer than the product; here it is done once.
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import nn
 
@@ -35,6 +37,18 @@ class PackedLinear(nn.Module):
         )
         return product
 
+    def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse()
+
+
+def refuse(*_: Any, **__: Any) -> NoReturn:
+    """What moving, converting or saving a packed model comes to."""
+    raise RuntimeError(
+        "The engine has laid out this model's weights for its CPU; it cannot be saved, moved or "
+        "converted. Load the model yourself and give it to A3Engine.from_pretrained(model, "
+        "tokenizer), which leaves it as it is."
+    )
+
 
 @torch.inference_mode()
 def pack(model: nn.Module) -> None:
@@ -56,6 +70,7 @@ def pack(model: nn.Module) -> None:
                 except (AttributeError, NotImplementedError, RuntimeError):
                     return  # not torch's public interface: other versions may do without
                 setattr(parent, name, packed)
+                model.save_pretrained = refuse  # type: ignore[assignment]
 
 
 def _fits(linear: nn.Linear) -> bool:

@@ -46,6 +46,14 @@ def test_packed_weights_count_in_the_fingerprint():
     assert model_fingerprint(model) != model_fingerprint(other)
 
 
+def test_a_packed_model_refuses_to_be_saved_or_converted(tmp_path: Path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    pack(model)
+    for change in (lambda: model.save_pretrained(tmp_path), model.float, lambda: model.to("meta")):
+        with pytest.raises(RuntimeError, match="Load the model yourself"):
+            change()
+
+
 def test_other_layers_stay_as_they_are():
     """fp32 weights, and those inside code from elsewhere, which may look at them."""
     model = tiny_model("llama").to(torch.bfloat16)
