@@ -13,8 +13,9 @@ from a3_engine.errors import (
     StoreError,
     UnsupportedModelError,
 )
-from a3_engine.prompt import Chunk, Message, Prompt
+from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
+from a3_engine.segments import Prompt
 
 try:
     __version__ = version("a3-integrations")

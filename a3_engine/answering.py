@@ -25,9 +25,9 @@ from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.turns import Turn
 from a3_engine.method import Method
-from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
+from a3_engine.segments import Prompt, Segment
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, context_window: int) -> None:

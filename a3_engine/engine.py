@@ -29,12 +29,14 @@ from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.method import Method
 from a3_engine.model.loading import default_cache_dir, load_model
-from a3_engine.prompt import Chunk, Message, Prompt
+from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
 from a3_engine.runtime import Runtime, start
+from a3_engine.segments import Prompt
 
 METHOD_OPTIONS = ("selector", "ratio", "compression", "keep")
-Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Loader = Callable[[], Loaded]
 Request = str | Sequence[Message] | Prompt
 
 
@@ -46,8 +48,9 @@ class A3Engine:
 
     Parameters
     ----------
-    load : callable
-        Returns the model and its tokenizer; called once, on first use.
+    source : (model, tokenizer) or callable
+        What returns them is called once, on first use, and their model is the engine's alone, to be
+        laid out for this machine; see :mod:`a3_engine.model.packing`.
     name : str
         The model's name in reports.
     cache_dir : path or None
@@ -69,14 +72,11 @@ class A3Engine:
         How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
-    own : bool
-        Whether the loaded model is the engine's alone, to be laid out for this machine; see
-        :mod:`a3_engine.model.packing`. One given to :meth:`from_pretrained` is not.
     """
 
     def __init__(
         self,
-        load: Loader,
+        source: Loaded | Loader,
         *,
         name: str,
         cache_dir: str | Path | None = None,
@@ -88,19 +88,17 @@ class A3Engine:
         size_limit: int = DEFAULT_SIZE_LIMIT,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
-        own: bool = True,
     ) -> None:
         self.name = name
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.selector = make_selector(selector, ratio)
         self.compression = make_compression(compression, keep)
-        self._load = load
+        self._source = source
         self._settings: dict[str, Any] = {
             "encode_prefix": encode_prefix,
             "size_limit": size_limit,
             "codec": get_codec(codec).name,
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
-            "own": own,
         }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
@@ -141,9 +139,8 @@ class A3Engine:
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ValueError("Give the tokenizer together with a loaded model.")
-            pair = (model.eval(), tokenizer)
             name = model.config._name_or_path or type(model).__name__
-            return cls(lambda: pair, name=name, cache_dir=cache_dir, own=False, **options)
+            return cls((model.eval(), tokenizer), name=name, cache_dir=cache_dir, **options)
         folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
         recipe: dict[str, Any] = {
@@ -171,9 +168,10 @@ class A3Engine:
         """Model, planner and store; made by the first thread that asks."""
         with self._starting:
             if self._runtime is None:
-                model, tokenizer = self._load()
+                own = callable(self._source)
+                model, tokenizer = self._source() if callable(self._source) else self._source
                 self._runtime = start(
-                    self.name, model, tokenizer, cache_dir=self.cache_dir, **self._settings
+                    self.name, model, tokenizer, own=own, cache_dir=self.cache_dir, **self._settings
                 )
             return self._runtime
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from a3_engine.decoding.logprobs import TokenLogprob
-from a3_engine.prompt import Prompt
+from a3_engine.segments import Prompt
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from a3_engine.benchmark.prompts import QUESTION
+from a3_engine.benchmark.rates import now
 from a3_engine.benchmark.requests import spread
 from a3_engine.engine import A3Engine
 from a3_engine.fusion.batch import step
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import run_pass
-from a3_engine.prompt import Prompt
 from a3_engine.report import FusionReport
+from a3_engine.segments import Prompt
 
 
 class _Clock(StoppingCriteria):
@@ -58,11 +59,10 @@ def measure_decoding(
         return requests * answer_tokens / (time.perf_counter() - started)
 
     def stepping(requests: int) -> float:
-        started = time.perf_counter()
+        started = now(model.device)
         for _ in range(answer_tokens):
-            logits = step(model, [0] * requests, caches[:requests], model.device)
-        int(logits.argmax())  # the device has done it all
-        return requests * answer_tokens / (time.perf_counter() - started)
+            step(model, [0] * requests, caches[:requests], model.device)
+        return requests * answer_tokens / (now(model.device) - started)
 
     model, computing = engine.runtime.model, engine.runtime.computing
     caches = [computing.run(partial(_prefilled, engine, prompt)) for _ in range(at_once)]

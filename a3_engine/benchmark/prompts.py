@@ -6,7 +6,8 @@ from bisect import bisect_left
 
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import articles, sample_examples
-from a3_engine.prompt import Prompt, PromptPlanner
+from a3_engine.prompt import PromptPlanner
+from a3_engine.segments import Prompt
 
 QUESTION = "Answer in one sentence: which of these places is the largest city by population?"
 GRAIN = 256  # a context that does not fit is cut to a multiple of so many tokens

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,7 @@ class Rates:
 
     def best(self, other: Rates) -> Rates:
         """The higher of each."""
-        return Rates(
-            max(self.matmul, other.matmul),
-            max(self.copy, other.copy),
-            max(self.new_copy, other.new_copy),
-        )
+        return Rates(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
 
 def machine() -> dict[str, Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from a3_engine.errors import ContextOverflowError
-from a3_engine.prompt import Chunk, Segment
+from a3_engine.prompt import Chunk
 from a3_engine.runtime import Runtime
+from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
 

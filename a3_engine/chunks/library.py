@@ -22,7 +22,7 @@ from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError
 from a3_engine.model.computing import Computing
 from a3_engine.model.rotary import Rotation
-from a3_engine.prompt import Segment
+from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
 

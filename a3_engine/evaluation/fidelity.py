@@ -16,7 +16,7 @@ from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.method import Method
 from a3_engine.model.caching import with_cache
-from a3_engine.prompt import Prompt
+from a3_engine.segments import Prompt
 
 ANSWER_TOKENS = 12
 

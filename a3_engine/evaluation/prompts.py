@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
-from a3_engine.prompt import Chunk, Message, Prompt
+from a3_engine.prompt import Chunk, Message
+from a3_engine.segments import Prompt
 
 QUESTION = "Answer the question in a few words, from the documents above.\nQuestion: {question}"
 SUMMARY = "Write a one-page summary of the documents above."

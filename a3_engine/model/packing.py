@@ -24,10 +24,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        # What the model's fingerprint sees of the weight.
-        self.register_buffer("checksum", weight.view(torch.int16).sum(dtype=torch.int64)[None])
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -37,26 +34,25 @@ class PackedLinear(nn.Module):
         )
         return product
 
-    def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse()
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            "The engine has laid out this model's weights for its CPU; it cannot be saved, moved, "
+            "converted or given to another engine. Load the model yourself and give it to "
+            "A3Engine.from_pretrained(model, tokenizer), which leaves it as it is."
+        )
 
-
-def refuse(*_: Any, **__: Any) -> NoReturn:
-    """What moving, converting or saving a packed model comes to."""
-    raise RuntimeError(
-        "The engine has laid out this model's weights for its CPU; it cannot be saved, moved or "
-        "converted. Load the model yourself and give it to A3Engine.from_pretrained(model, "
-        "tokenizer), which leaves it as it is."
-    )
+    # All that saves, fingerprints, moves or converts a module comes to these two.
+    _save_to_state_dict = _apply = _refuse
 
 
 @torch.inference_mode()
 def pack(model: nn.Module) -> None:
     """Exchange the model's bf16 linear layers on a CPU that multiplies bf16 natively.
 
-    The model can be neither trained, saved nor moved afterwards. A weight that is an embedding
-    too is kept for that as well. Nothing happens where torch cannot do it, nor to layers inside
-    code from elsewhere (adapters, a model's repository), which may look at their weights.
+    The model can be neither trained, saved nor moved afterwards, nor read by another engine. A
+    weight that is an embedding too is kept for that as well. Nothing happens where torch cannot do
+    it, nor to layers inside code from elsewhere (adapters, a model's repository), which may look at
+    their weights.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return
@@ -64,14 +60,12 @@ def pack(model: nn.Module) -> None:
         if not type(parent).__module__.startswith("transformers.models."):
             continue
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and _fits(child):
+            if type(child) is nn.Linear and _fits(child.weight):
                 try:
-                    packed = PackedLinear(child)
+                    setattr(parent, name, PackedLinear(child))
                 except (AttributeError, NotImplementedError, RuntimeError):
                     return  # not torch's public interface: other versions may do without
-                setattr(parent, name, packed)
-                model.save_pretrained = refuse  # type: ignore[assignment]
 
 
-def _fits(linear: nn.Linear) -> bool:
-    return linear.weight.dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
+def _fits(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"

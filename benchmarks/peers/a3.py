@@ -14,7 +14,7 @@ import transformers
 from worker import Answer, keep_stdout, serve
 
 from a3_engine import A3Engine, Prompt, __version__
-from a3_engine.prompt import Segment
+from a3_engine.segments import Segment
 
 
 def main() -> None:

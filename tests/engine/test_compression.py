@@ -15,7 +15,7 @@ from a3_engine.decoding.compression.streaming import Streaming
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.model.attention import has_window
 from a3_engine.model.caching import with_cache
-from a3_engine.prompt import Prompt
+from a3_engine.segments import Prompt
 from tests.engine.test_exactness import build_prompt
 from tests.engine.test_selectors import turned
 from tests.tiny import CONFIGS, tiny_model

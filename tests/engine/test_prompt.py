@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from a3_engine.prompt import Chunk, Message, Prompt, PromptPlanner
+from a3_engine.prompt import Chunk, Message, PromptPlanner
+from a3_engine.segments import Prompt
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
 
 LAMP = "The lamp of the lighthouse burns through the night."

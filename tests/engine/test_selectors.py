@@ -14,7 +14,7 @@ from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import States
 from a3_engine.model.caching import OURS, with_cache
-from a3_engine.prompt import Segment
+from a3_engine.segments import Segment
 from tests.tiny import VOCABULARY
 
 QUESTION = "Why did the keeper of the lighthouse light the lamp by hand in the winter of 1887?"

@@ -15,8 +15,8 @@ from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.fusion.turns import Turns
 from a3_engine.method import Method
 from a3_engine.model.caching import with_cache
-from a3_engine.prompt import Prompt, Segment
 from a3_engine.report import FusionReport
+from a3_engine.segments import Prompt, Segment
 from tests.tiny import CONFIGS
 
 LAMP = "The lamp of the lighthouse burns through the night."

@@ -15,7 +15,7 @@ import torch
 import a3_engine.chunks.library as library_module
 from a3_engine import A3Engine, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
-from a3_engine.prompt import Segment
+from a3_engine.segments import Segment
 from tests.store.stored import header, holds, payload
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -1,0 +1,83 @@
+"""What a planned prompt is: segments of token ids, and the roles of their positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from a3_engine.fusion.layout import Layout, Span
+
+Kind = Literal["prefix", "chunk", "fresh"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of the prompt that is either cached (the encode prefix, a chunk) or fresh."""
+
+    kind: Kind
+    ids: tuple[int, ...]
+    text: str = ""
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Segments in order; those from ``question_from`` on belong to the question where fresh."""
+
+    segments: tuple[Segment, ...]
+    question_from: int
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the whole prompt, the same for every method."""
+        return [token for segment in self.segments for token in segment.ids]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+    @property
+    def cached(self) -> list[tuple[int, Segment]]:
+        """Cached segments with the positions of their first tokens."""
+        starts, position = [], 0
+        for segment in self.segments:
+            starts.append((position, segment))
+            position += len(segment.ids)
+        return [(start, segment) for start, segment in starts if segment.kind != "fresh"]
+
+    def layout(self, behind: tuple[int, ...], reused: int = 0) -> Layout:
+        """Positions by role.
+
+        Parameters
+        ----------
+        behind : tuple of int
+            The ids that chunks were computed behind; a first chunk that stands just there is exact.
+        reused : int
+            Tokens at the start that have no role, because an earlier turn computed them. What it
+            leaves of a chunk that it cuts is fresh.
+        """
+        chunks: list[Span] = []
+        fresh: list[torch.Tensor] = []
+        question: list[torch.Tensor] = []
+        position = 0
+        so_far: list[int] = []
+        for index, segment in enumerate(self.segments):
+            stop = position + len(segment.ids)
+            if segment.kind == "chunk" and position >= reused:
+                chunks.append(Span(position, stop, exact=tuple(so_far) == behind))
+            elif segment.kind != "prefix" and stop > reused:
+                fresh.append(torch.arange(max(position, reused), stop))
+                if index >= self.question_from:
+                    question.append(fresh[-1])
+            so_far += segment.ids
+            position = stop
+        return Layout(
+            n_tokens=position,
+            chunks=tuple(chunks),
+            prefix_tokens=chunks[0].start if chunks else position,
+            fresh=torch.cat(fresh),
+            question=torch.cat(question),
+            reused=reused,
+        )
