@@ -213,7 +213,7 @@ def answer(
     first = emitter.first_token_at or ended
     report.ttft_s, report.decode_s = first - started, ended - first
     report.recompute_s = first - began
-    recomputed: tuple[int, ...] = ()
+    report.trace = Trace(prompt, ())
     if report.fused and isinstance(cache, FusedCache) and cache.fusion is not None:
         fusion = cache.fusion
         report.select_s = fusion.select_seconds
@@ -222,8 +222,9 @@ def answer(
         # Some methods select inside the pass.
         report.recompute_s = first - max(began, fusion.selected_at)
         if fusion.selected is not None:
-            recomputed = tuple(fusion.selected.tolist())
-    report.recomputed_tokens = len(recomputed)
-    report.trace = Trace(prompt, recomputed)
+            left = fusion.narrowing.left if fusion.narrowing else {}
+            narrowed = {layer: tuple(at.tolist()) for layer, at in left.items()}
+            report.trace = Trace(prompt, tuple(fusion.selected.tolist()), narrowed)
+    report.recomputed_tokens = len(report.trace.recomputed)
     runtime.reports.append(report)
     return report

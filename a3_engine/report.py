@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,10 +27,22 @@ class ChunkUse:
 
 @dataclass(frozen=True)
 class Trace:
-    """The prompt of a request, and the sorted positions of its recomputed chunk tokens."""
+    """The prompt of a request, and what of its chunks was recomputed.
+
+    ``recomputed`` are sorted positions; ``narrowed`` says from which layer on which of them were
+    still computed, where a method narrows them.
+    """
 
     prompt: Prompt
     recomputed: tuple[int, ...]
+    narrowed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def recomputed_by_layer(self, n_layers: int) -> list[tuple[int, ...]]:
+        """The recomputed positions of each layer."""
+        by_layer = [self.recomputed]
+        for layer in range(1, n_layers):
+            by_layer.append(self.narrowed.get(layer, by_layer[-1]))
+        return by_layer
 
 
 @dataclass

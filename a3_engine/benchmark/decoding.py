@@ -100,5 +100,5 @@ def measure_decoding(
 
 def _prefilled(engine: A3Engine, prompt: Prompt) -> FusedCache:
     _, cache = engine.fuse(prompt, selector="full_reuse")
-    run_pass(engine.runtime.model.get_decoder(), prompt.ids, cache)
+    run_pass(engine.runtime.model.get_decoder(), [prompt.ids], cache)
     return cache

@@ -1,7 +1,8 @@
 """The least that a pass needs: operations and bytes, and the seconds that a machine needs for them.
 
-A pass computes rows at some positions of a prompt. Its linear layers multiply every row with every
-weight; its attention multiplies each row with the keys and values at positions not after its own:
+A pass computes rows at some positions of a prompt, in the upper layers perhaps fewer. Its linear
+layers multiply every row with every weight; its attention multiplies each row with the keys and
+values at positions not after its own:
 
     linear      2 * weights * rows                                 floating-point operations
     attention   4 * head_dim * heads * sum(position + 1)           of every layer
@@ -113,31 +114,33 @@ class Work:
         )
 
 
-def work(shape: Shape, rows: Sequence[int] | torch.Tensor, element_bytes: int) -> Work:
+def work(shape: Shape, rows: Sequence[torch.Tensor], element_bytes: int) -> Work:
     """What a pass over these rows needs, behind keys and values that are there already.
 
     Parameters
     ----------
-    rows : sequence of int or torch.Tensor
-        Sorted positions of the computed rows, at least one. All of a prompt's are a full prefill.
+    rows : sequence of torch.Tensor
+        For each layer, sorted positions of the rows that it computes, at least one. All of a
+        prompt's in all layers are a full prefill.
     element_bytes : int
         Of a weight, key or value.
     """
-    positions = torch.as_tensor(rows, dtype=torch.float64)
-    steps = torch.diff(positions, prepend=positions.new_tensor([-1.0]))
     attended = seen = 0.0
-    for window in shape.windows or (0,) * shape.layers:
+    for window, positions in zip(shape.windows or (0,) * shape.layers, rows, strict=True):
         reach = window or float("inf")
-        attended += float((positions + 1).clamp(max=reach).sum())
+        at = positions.to(torch.float64)
+        steps = torch.diff(at, prepend=at.new_tensor([-1.0]))
+        attended += float((at + 1).clamp(max=reach).sum())
         seen += float(steps.clamp(max=reach).sum())  # keys that any row attends to
-    n_rows, token = len(positions), shape.kv_elements * element_bytes
-    layers = shape.layers * shape.layer_weights
+    n_rows, token = sum(len(positions) for positions in rows), shape.kv_elements * element_bytes
     logits = shape.hidden * shape.vocabulary
     return Work(
-        linear=Part(2.0 * layers * n_rows, layers * element_bytes),
+        linear=Part(
+            2.0 * shape.layer_weights * n_rows, shape.layers * shape.layer_weights * element_bytes
+        ),
         attention=Part(
             4.0 * shape.head_dim * shape.heads * attended,
-            token * (seen + n_rows * shape.layers),
+            token * (seen + n_rows),
         ),
         logits=Part(2.0 * logits, logits * element_bytes),
     )

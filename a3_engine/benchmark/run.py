@@ -142,18 +142,22 @@ def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: R
     model, report = engine.runtime.model, timed[-1].report
     assert report.trace is not None
     n_tokens = report.prompt_tokens
-    rows = torch.arange(n_tokens)
+    shape = Shape.of(model.config)
+    rows = [torch.arange(n_tokens)] * shape.layers
     if method.selector.ratio < 1.0:
-        layout = report.trace.prompt.layout(engine.runtime.planner.prefix_ids)
-        recomputed = torch.tensor(report.trace.recomputed, dtype=torch.long)
-        rows = torch.unique(torch.cat([recomputed, layout.fresh]))
-    needed = work(Shape.of(model.config), rows, model.dtype.itemsize)
-    linear, attention = linear_rate(model, len(rows)), attention_rate(model, len(rows), n_tokens)
+        fresh = report.trace.prompt.layout(engine.runtime.planner.prefix_ids).fresh
+        rows = [
+            torch.unique(torch.cat([torch.tensor(recomputed, dtype=torch.long), fresh]))
+            for recomputed in report.trace.recomputed_by_layer(shape.layers)
+        ]
+    needed = work(shape, rows, model.dtype.itemsize)
+    n_rows = len(rows[0])
+    linear, attention = linear_rate(model, n_rows), attention_rate(model, n_rows, n_tokens)
     limit = needed.seconds(rates.matmul, rates.copy)
     at_shapes = needed.seconds(linear, rates.copy, attention)
     measured = statistics.median(each.pass_s for each in timed)
     return {
-        "rows": len(rows),
+        "rows": n_rows,
         "flops": needed.flops,
         "bytes": needed.nbytes,
         "linear_flops_per_s": round(linear),

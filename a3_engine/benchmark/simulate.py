@@ -2,8 +2,8 @@
 
 Published peak rates, times explicit efficiencies, divide the counts of `roofline.py`. The steps
 come one after the other, as in the engine: a tier is read, the codec decoded on the host, keys
-and values copied to the device and turned there, the question scored over half of the layers, and
-the rows computed and the other tokens moved (`mend`).
+and values copied to the device and turned there, the question scored over a third of the layers,
+and the rows computed and the other tokens moved (`mend`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
+from a3_engine.fusion.selectors.mend import Mend
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512
@@ -188,7 +189,7 @@ def simulate(
     context : int
         Tokens of the chunks; a question of 64 stands behind them.
     ratio : float
-        Of them that are computed again, evenly spread.
+        Of them that are computed again, evenly spread; fewer in the upper layers, as `mend` does.
     tier_gb_s : float
         What the tier reads, 10^9 bytes a second.
     """
@@ -202,18 +203,24 @@ def simulate(
 
     n_tokens = context + FRESH_TOKENS
     fresh = torch.arange(context, n_tokens)
-    recomputed = torch.linspace(0, context - 1, int(ratio * context)).long()
-    lower = replace(shape, layers=-(-shape.layers // 2))
+    n_recomputed, share = int(ratio * context), 1.0
+    stages = Mend().stages(shape.layers) if ratio < 1 else {}
+    rows = []
+    for layer in range(shape.layers):
+        share = stages.get(layer, share)
+        recomputed = torch.linspace(0, context - 1, round(share * n_recomputed)).long()
+        rows.append(torch.cat([recomputed, fresh]))
+    lower = replace(shape, layers=len(Mend().layers(shape.layers)))
     raw = stored_bytes(shape, context, DEFAULT_CODEC)
     select = compute = 0.0
     if ratio > 0:
-        scoring = replace(work(lower, fresh, BF16), logits=Part(0.0, 0.0))
+        scoring = replace(work(lower, [fresh] * lower.layers, BF16), logits=Part(0.0, 0.0))
         select = seconds(scoring, how.row_attention, lower.layers)
         compute = how.repair_passes * raw / memory
-    rows = torch.cat([recomputed, fresh])
     compute += seconds(work(shape, rows, BF16), how.row_attention, shape.layers)
+    everything = [torch.arange(n_tokens)] * shape.layers
     return Times(
-        prefill=seconds(work(shape, range(n_tokens), BF16), how.dense_attention, shape.layers),
+        prefill=seconds(work(shape, everything, BF16), how.dense_attention, shape.layers),
         read=stored_bytes(shape, context, codec) / (tier_gb_s * GIGA * how.transfer),
         decode=raw / (how.decode_gb_s[codec] * how.host_cores * GIGA),
         copy=raw / (machine.to_device_gb_s * GIGA * how.transfer) + TURNING * raw / 2 / memory,

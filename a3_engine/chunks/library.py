@@ -6,14 +6,13 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.encoding import encode_chunk
+from a3_engine.chunks.encoding import batches, encode_chunks
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.flights import Flights
 from a3_engine.chunks.kv import ChunkKV, kv_shape
@@ -93,10 +92,10 @@ class ChunkLibrary:
         if (stored := self.store.get(header)) is not None:
             return Fetched(stored.kv(), True, stored.nbytes, 0.0)
         prefix = self._prefix(segment)
-        with self._flights.of(header.key):
+        with self._flights.of([header.key]):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(stored.kv(), True, stored.nbytes, 0.0)
-            payload, started = self._compute(segment, prefix)
+            [payload], started = self._compute([segment], prefix)
             try:
                 self._keep(payload, segment)
             except StoreError as error:
@@ -108,34 +107,36 @@ class ChunkLibrary:
     def store_all(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Compute and store segments; yields as each becomes durable.
 
-        While one is written, the next is computed.
+        Short ones are computed together; while some are written, the next are computed.
 
         Raises
         ------
         StoreError
             A segment cannot be written; those before it are stored.
         """
+        lengths = [len(segment.ids) for segment in segments]
         with ThreadPoolExecutor(1, "a3-store") as writer:
-            before: Future[None] | None = None
-            for segment in segments:
-                before, done = self._launch(segment, writer), before
+            before: Future[int] | None = None
+            for batch in batches(segments, lengths, self._decoder.device):
+                before, done = self._launch(batch, writer), before
                 if done is not None:
-                    yield done.result()
+                    yield from [None] * done.result()
             if before is not None:
-                yield before.result()
+                yield from [None] * before.result()
 
-    def _launch(self, segment: Segment, writer: ThreadPoolExecutor) -> Future[None]:
-        """Compute a segment unless it was stored meanwhile; its flight ends when it is written."""
-        prefix = self._prefix(segment)
-        with ExitStack() as held:
-            held.enter_context(self._flights.of(self.header(segment).key))
-            payload = self._compute(segment, prefix)[0] if self.missing([segment]) else None
+    def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
+        """Compute segments unless they were stored meanwhile; their flight ends on disk."""
+        prefix = self._prefix(batch[0])
+        with self._flights.of(self.header(segment).key for segment in batch) as held:
+            missing = self.missing(batch)
+            payloads = self._compute(missing, prefix)[0] if missing else []
             flight = held.pop_all()
 
-        def land() -> None:
+        def land() -> int:
             with flight:
-                if payload is not None:
+                for payload, segment in zip(payloads, missing, strict=True):
                     self._keep(payload, segment)
+            return len(batch)
 
         return writer.submit(land)
 
@@ -145,15 +146,20 @@ class ChunkLibrary:
             return None
         return self.fetch(Segment("prefix", self.prefix_ids)).kv
 
-    def _compute(self, segment: Segment, prefix: ChunkKV | None) -> tuple[Payload, float]:
-        """A segment's payload, and when its computation began."""
+    def _compute(
+        self, segments: Sequence[Segment], prefix: ChunkKV | None
+    ) -> tuple[list[Payload], float]:
+        """The segments' payloads, and when their computation began."""
 
-        def encode() -> tuple[ChunkKV, float]:
-            started = time.perf_counter()
-            return encode_chunk(self._decoder, self._rotation, segment.ids, prefix), started
+        def encode() -> tuple[list[ChunkKV], float]:
+            started, ids = time.perf_counter(), [segment.ids for segment in segments]
+            return encode_chunks(self._decoder, self._rotation, ids, prefix), started
 
-        kv, started = self._computing.run(encode)
-        return Payload.of(kv, self.header(segment)), started
+        computed, started = self._computing.run(encode)
+        return [
+            Payload.of(kv, self.header(segment))
+            for kv, segment in zip(computed, segments, strict=True)
+        ], started
 
     def _keep(self, payload: Payload, segment: Segment) -> None:
         self.store.put(payload, segment.tag)

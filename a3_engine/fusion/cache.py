@@ -31,7 +31,8 @@ class FusedLayer(DynamicLayer):
     Parameters
     ----------
     keys, values : torch.Tensor
-        Buffers of shape ``(1, kv_heads, capacity, head_dim)``.
+        Buffers of shape ``(1, kv_heads, capacity, head_dim)``; where chunks are computed together,
+        with an entry for each.
     n_prompt : int
         Slots of the prompt; those beyond take the answer.
     left_out : int

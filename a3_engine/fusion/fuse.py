@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from a3_engine.fusion.batch import BatchCache
 from a3_engine.fusion.cache import Correction, FusedCache
 from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import BoundarySelector, LayerSelector, Selector, States
+from a3_engine.fusion.narrowing import Narrowing
+from a3_engine.fusion.selectors.base import (
+    BoundarySelector,
+    LayerSelector,
+    QuestionSelector,
+    Selector,
+    States,
+)
 from a3_engine.model.attention import project
 from a3_engine.model.caching import cache_in, with_cache
 from a3_engine.model.rows import Observer, Rows
@@ -54,6 +61,9 @@ class FusionPass:
         Sorted positions of the recomputed chunk tokens, once they are known.
     rows : torch.Tensor
         Sorted positions of all tokens that are computed; until the selection, of all there are.
+        They may become fewer from layer to layer.
+    narrowing : Narrowing or None
+        What makes them fewer, once the selection is known.
     lookahead : torch.Tensor or None
         Queries of a drafted answer at the selecting layer, ``(1, heads, drafted, head_dim)``.
     last_only : bool
@@ -82,6 +92,7 @@ class FusionPass:
         self.lookahead: torch.Tensor | None = None
         self._correct = correct
         self.selected: torch.Tensor | None = None
+        self.narrowing: Narrowing | None = None
         self.last_only = False
         self.selected_at = self.select_seconds = 0.0
         self._everything = (
@@ -112,19 +123,22 @@ class FusionPass:
             if self.selector.ratio >= 1.0
             else torch.unique(torch.cat([self.selected, self.layout.fresh]))
         )
+        if isinstance(self.selector, QuestionSelector) and 0.0 < self.selector.ratio < 1.0:
+            stages = self.selector.stages(len(self.cache.layers))
+            self.narrowing = Narrowing(stages, self.layout, self.selected, self.selector.pool)
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
 
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
         """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
-        before = self.rows, self.selected, self._correct, self.observer
+        before = self.rows, self.selected, self.narrowing, self._correct, self.observer
         self.rows, self.selected = self.layout.fresh, torch.empty(0, dtype=torch.long)
-        self._correct, self.observer = None, observer
+        self.narrowing, self._correct, self.observer = None, None, observer
         try:
             yield
         finally:
-            self.rows, self.selected, self._correct, self.observer = before
+            self.rows, self.selected, self.narrowing, self._correct, self.observer = before
 
     def before_layer(
         self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -138,6 +152,11 @@ class FusionPass:
             and index == self.selector.layer
         ):
             self._select_at(layer, index, args, kwargs)
+        if self.narrowing is not None and self.narrowing.begins(index):
+            before, left = self.rows, self.narrowing.pick(index)
+            self.rows = torch.unique(torch.cat([left, self.layout.fresh]))
+            among = torch.searchsorted(before, self.rows)
+            args, kwargs = _sliced(args, kwargs, among, len(before))
         cached = self.cache.layers[index]
         cached.rows = self._shared_mask().keys_before(self.rows)
         cached.before_write = (
@@ -155,14 +174,18 @@ class FusionPass:
         return args, {**kwargs, "attention_mask": mask}
 
     def _shared_mask(self) -> Rows:
-        """The current rows as a mask, made once for all layers."""
-        if (
-            self._mask is None
-            or self._mask.positions is not self.rows
-            or self._mask.observer is not self.observer
-        ):
-            self._mask = Rows(self.rows, self.cache.positions, self.observer)
+        """The current rows as a mask, made once for all layers that compute them."""
+        if self._mask is None or self._mask.positions is not self.rows:
+            self._mask = Rows(self.rows, self.cache.positions, self._observe)
         return self._mask
+
+    def _observe(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+    ) -> None:
+        if self.observer is not None:
+            self.observer(layer, query, key, rows, scaling)
+        if self.narrowing is not None:
+            self.narrowing.observe(layer, query, key, rows, scaling)
 
     def _select_at(
         self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -204,10 +227,10 @@ def _sliced(
     return args, kwargs
 
 
-def run_pass(decoder: PreTrainedModel, ids: Sequence[int], cache: FusedCache) -> None:
-    """The decoder's forward over a prompt, narrowed by its cache's pass, for an observer."""
+def run_pass(decoder: PreTrainedModel, ids: Sequence[Sequence[int]], cache: FusedCache) -> None:
+    """The decoder's forward over prompts, narrowed by their cache's pass, without logits."""
     device = decoder.get_input_embeddings().weight.device
-    decoder(input_ids=torch.tensor([list(ids)], device=device), **with_cache(decoder, cache))
+    decoder(input_ids=torch.tensor(ids, device=device), **with_cache(decoder, cache))
 
 
 def install_hooks(layers: nn.ModuleList) -> None:

@@ -13,10 +13,12 @@ from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
 
 
-def allocate(model: PreTrainedModel, n_prompt: int, capacity: int) -> FusedCache:
+def allocate(
+    model: PreTrainedModel, n_prompt: int, capacity: int, n_prompts: int = 1
+) -> FusedCache:
     """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
     decoder = model.get_decoder()
-    shape = (1, *kv_shape(decoder, capacity)[1:])
+    shape = (n_prompts, *kv_shape(decoder, capacity)[1:])
     layers = []
     for layer, window in zip(decoder.layers, has_window(model), strict=True):
         device = next(layer.parameters()).device
@@ -42,7 +44,7 @@ def load_chunks(
     cache : FusedCache
         Freshly allocated.
     chunks : sequence of (position of the first token, ChunkKV)
-        May leave gaps, which the fusion pass fills.
+        May leave gaps, which the fusion pass fills. Every prompt of the cache has them all.
     """
     if not chunks:
         return
@@ -52,6 +54,6 @@ def load_chunks(
     for index, (layer, (cos, sin)) in enumerate(zip(cache.layers, tables, strict=True)):
         keys, values = layer.stored()
         for start, kv in chunks:
-            keys[0, :, start : start + kv.n_tokens] = kv.keys[index]
-            values[0, :, start : start + kv.n_tokens] = kv.values[index]
+            keys[:, :, start : start + kv.n_tokens] = kv.keys[index]
+            values[:, :, start : start + kv.n_tokens] = kv.values[index]
         rotate_(keys[:, :, :stop], cos, sin)

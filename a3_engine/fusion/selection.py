@@ -82,7 +82,8 @@ def begin(
     elif isinstance(selector, QuestionSelector):
         look = question_alone if selector.alone else question_attention
         layers = selector.layers(len(cache.layers))
-        fusion.take(selector.select(layout, look(model.get_decoder(), cache, fusion, ids, layers)))
+        attention = look(model.get_decoder(), cache, fusion, ids, layers, selector.pool)
+        fusion.take(selector.select(layout, attention))
     elif isinstance(selector, LayerSelector) and selector.drafted:
         device = model.get_input_embeddings().weight.device
         with fusion.only_fresh():

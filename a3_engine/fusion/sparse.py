@@ -110,7 +110,7 @@ def mean_queries(
 
     fusion = FusionPass(cache, layout, FullReuse())
     with fusion.only_fresh(record):
-        run_pass(decoder, ids, cache)
+        run_pass(decoder, [ids], cache)
     return torch.stack([mean.to(means[0].device) for mean in means])
 
 

@@ -92,18 +92,18 @@ def attend_rows(
     Parameters
     ----------
     query : torch.Tensor
-        Shape ``(1, heads, rows, head_dim)``, rotated to the rows' positions.
+        Shape ``(prompts, heads, rows, head_dim)``, rotated to the rows' positions.
     key, value : torch.Tensor
-        Shape ``(1, kv_heads, tokens, head_dim)``.
+        Shape ``(prompts, kv_heads, tokens, head_dim)``.
     rows : Rows
-        Where the rows and the keys stand.
+        Where the rows and the keys stand, in all prompts alike.
     scaling, sliding_window, softcap
         As the model passes them to its attention function.
 
     Returns
     -------
     torch.Tensor
-        Shape ``(1, rows, heads, head_dim)``.
+        Shape ``(prompts, rows, heads, head_dim)``.
     """
     if rows.observer is not None:
         rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
@@ -215,9 +215,11 @@ def _attend_plain(
     softcap: float | None,
 ) -> None:
     """Grouped matrix products; also for softcapped scores (Gemma 2), which no fused kernel has."""
-    _, heads, n_rows, head_dim = query.shape
-    kv_heads, n_keys = key.shape[1:3]
-    grouped = (query * scaling).reshape(kv_heads, heads // kv_heads * n_rows, head_dim)
+    (n_prompts, heads, n_rows, head_dim), n_keys = query.shape, key.shape[2]
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    kv_heads = len(keys)  # of all prompts
+    group = n_prompts * heads // kv_heads
+    grouped = (query * scaling).reshape(kv_heads, group * n_rows, head_dim)
     # A CPU keeps the scores of one head in its caches, and those of one token anyway.
     on_cpu = query.device.type == "cpu"
     at_once = 1 if on_cpu and mask is not None else kv_heads
@@ -229,14 +231,14 @@ def _attend_plain(
     by_row = scores.view(at_once, -1, n_rows, n_keys)
     for head in range(0, kv_heads, at_once):
         some = slice(head, head + at_once)
-        multiply(grouped[some], key[0, some].transpose(1, 2), scores)
+        multiply(grouped[some], keys[some].transpose(1, 2), scores)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
             by_row[..., n_keys - mask.shape[1] :] += mask
         torch.softmax(scores, dim=-1, out=scores)  # computes in fp32 whatever the dtype
-        multiply(scores, value[0, some], grouped[some])
-    output.copy_(grouped.view(1, heads, n_rows, head_dim))
+        multiply(scores, values[some], grouped[some])
+    output.copy_(grouped.view(output.shape))
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:

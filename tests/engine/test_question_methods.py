@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import math
 
 import pytest
 import torch
@@ -24,11 +25,14 @@ SHAPE = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
 
 
 def eager_question_attention(engine: A3Engine, name: str, prompt) -> torch.Tensor:
-    """Full reuse, segment by segment, with transformers' own caches and eager attention."""
+    """Full reuse, segment by segment, with transformers' own caches and eager attention.
+
+    Averaged over the heads, ``(layers, question, tokens)``.
+    """
     model = tiny_model(name)
     model.set_attn_implementation("eager")
     output = independent_full_reuse(engine, model, prompt, output_attentions=True)
-    return torch.stack([layer[0].mean(dim=(0, 1)) for layer in output.attentions])
+    return torch.stack([layer[0].mean(dim=0) for layer in output.attentions])
 
 
 # Softcapped scores are left out of the scoring, and windows too: it ranks, it does not compute.
@@ -37,7 +41,7 @@ def test_question_attention_is_the_models_own(tiny_engine, name):
     """Scores over the loaded cache are the eager attention weights, and their top is selected."""
     engine = tiny_engine(name)
     prompt = build_prompt(engine, SHAPE)
-    expected = eager_question_attention(engine, name, prompt)
+    expected = eager_question_attention(engine, name, prompt).mean(1)
     seen = []
     selector = make_selector("question_attention", 0.4)
 
@@ -50,6 +54,22 @@ def test_question_attention_is_the_models_own(tiny_engine, name):
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-3)
     candidates = prompt.layout(()).chunk_positions
     ranked = sorted(candidates.tolist(), key=lambda p: -float(expected.mean(0)[p]))
+    assert cache.fusion.selected.tolist() == sorted(ranked[: int(0.4 * len(candidates))])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-yarn", "qwen2", "qwen3", "phi3", "smollm3"])
+def test_mend_takes_what_any_word_of_the_question_attends_to(tiny_engine, name):
+    """The most that a token of it does, over the lower layers; a chunk's start counts more."""
+    engine = tiny_engine(name)
+    prompt = build_prompt(engine, SHAPE)
+    by_token = eager_question_attention(engine, name, prompt)
+    scores = by_token[: -(-len(by_token) // 3)].amax(1).mean(0)
+    for span in prompt.layout(()).chunks:
+        for behind, position in enumerate(range(span.start, span.stop)):
+            scores[position] *= 1 + 2 * math.exp(-behind / 8)
+    _, cache = engine.fuse(prompt, selector="mend", ratio=0.4)
+    candidates = prompt.layout(()).chunk_positions.tolist()
+    ranked = sorted(candidates, key=lambda position: -float(scores[position]))
     assert cache.fusion.selected.tolist() == sorted(ranked[: int(0.4 * len(candidates))])
 
 

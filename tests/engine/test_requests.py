@@ -24,14 +24,14 @@ ASK = "Who keeps the lamp?"
 def encoded(monkeypatch) -> Counter:
     """Counts how often each token sequence is computed alone, by the real function."""
     counts: Counter = Counter()
-    real = library_module.encode_chunk
+    real = library_module.encode_chunks
 
-    def counting(decoder, rotation, ids, prefix=None):
-        counts[tuple(ids)] += 1
+    def counting(decoder, rotation, chunks, prefix=None):
+        counts.update(tuple(ids) for ids in chunks)
         time.sleep(0.05)  # long enough for others to arrive
-        return real(decoder, rotation, ids, prefix)
+        return real(decoder, rotation, chunks, prefix)
 
-    monkeypatch.setattr(library_module, "encode_chunk", counting)
+    monkeypatch.setattr(library_module, "encode_chunks", counting)
     return counts
 
 

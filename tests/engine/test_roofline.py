@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
+from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.model.attention import has_window
 from a3_engine.model.caching import with_cache
 from tests.tiny import CONFIGS, WINDOW, tiny_model
@@ -46,7 +47,8 @@ def test_a_prompt_fed_token_by_token_does_exactly_the_counted_work():
         for token in ids:
             model.model(input_ids=torch.tensor([[token]]), **with_cache(model.model, cache))
 
-    needed, done = work(Shape.of(model.config), range(len(ids)), FP32), counted(feed)
+    shape = Shape.of(model.config)
+    needed, done = work(shape, [torch.arange(len(ids))] * shape.layers, FP32), counted(feed)
     assert needed.linear.flops == done["linear"]
     assert needed.attention.flops == done["attention"]
 
@@ -62,8 +64,33 @@ def test_a_fusion_pass_does_the_linear_work_of_its_rows(ratio, tiny_engine):
     def run() -> None:
         model(input_ids=torch.tensor([prompt.ids]), **with_cache(model, cache), logits_to_keep=1)
 
-    needed = work(Shape.of(model.config), rows, FP32)
+    shape = Shape.of(model.config)
+    needed = work(shape, [rows] * shape.layers, FP32)
     assert needed.linear.flops + needed.logits.flops == counted(run)["linear"]
+
+
+def test_a_narrowed_pass_does_the_work_of_fewer_rows(tiny_engine):
+    engine = tiny_engine("llama")
+    model, shape = engine.runtime.model, Shape.of(engine.runtime.model.config)
+    narrowing = Mend(ratio=0.5, narrow=((1 / shape.layers, 0.25),))
+    prompt, cache = engine.fuse(QUESTION, chunks=TEXTS, selector=narrowing)
+    rows, done = cache.fusion.rows, []
+    # Finding what goes on takes products that are not the model's.
+    hooks = [
+        each.register_forward_hook(
+            lambda linear, args, _: done.append(2 * linear.weight.numel() * args[0].shape[1])
+        )
+        for each in model.modules()
+        if isinstance(each, nn.Linear)
+    ]
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([prompt.ids]), **with_cache(model, cache), logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    fewer = cache.fusion.rows
+    assert len(fewer) < len(rows)
+    needed = work(shape, [rows] + [fewer] * (shape.layers - 1), FP32)
+    assert needed.linear.flops + needed.logits.flops == sum(done)
 
 
 def test_windows_bound_what_a_row_attends_to():
@@ -74,7 +101,7 @@ def test_windows_bound_what_a_row_attends_to():
     inside = causal & (keys > rows[:, None] - WINDOW)
     masks = [inside if window else causal for window in shape.windows]
     assert {bool(window) for window in shape.windows} == {True, False}
-    needed = work(shape, rows, FP32)
+    needed = work(shape, [rows] * shape.layers, FP32)
     attended = sum(int(mask.sum()) for mask in masks)
     assert needed.attention.flops == 4 * shape.head_dim * shape.heads * attended
     read = sum(int(mask.any(0).sum()) for mask in masks)

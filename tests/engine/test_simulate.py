@@ -30,7 +30,7 @@ HERE = {"context": 4096, "ratio": 0.15}
 
 
 def test_an_ideal_machine_takes_its_limit():
-    needed = work(LLAMA, range(4096 + FRESH_TOKENS), BF16)
+    needed = work(LLAMA, [torch.arange(4096 + FRESH_TOKENS)] * LLAMA.layers, BF16)
     limit = needed.seconds(A100.tflops * 1e12, A100.memory_gb_s * 1e9)
     assert simulate(LLAMA, A100, **HERE, efficiency=IDEAL).prefill == pytest.approx(limit)
     everything = simulate(LLAMA, A100, context=4096, ratio=1.0, efficiency=IDEAL)

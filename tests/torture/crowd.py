@@ -88,18 +88,19 @@ def _threads(engine: A3Engine, seconds: float) -> Counter[str]:
     references = [type(kv)(kv.keys.clone(), kv.values.clone()) for kv in references]
     counts, counting = Counter[str](), threading.Lock()
     computing: set[tuple[int, ...]] = set()
-    encode, failures = library_module.encode_chunk, []
+    encode, failures = library_module.encode_chunks, []
 
-    def counted(decoder, rotation, ids: Sequence[int], prefix=None):
+    def counted(decoder, rotation, chunks: Sequence[Sequence[int]], prefix=None):
+        mine = {tuple(ids) for ids in chunks}
         with counting:
-            assert tuple(ids) not in computing, "two flights for one chunk"
-            computing.add(tuple(ids))
-            counts["computed"] += 1
+            assert not mine & computing, "two flights for one chunk"
+            computing.update(mine)
+            counts["computed"] += len(mine)
         try:
-            return encode(decoder, rotation, ids, prefix)
+            return encode(decoder, rotation, chunks, prefix)
         finally:
             with counting:
-                computing.discard(tuple(ids))
+                computing.difference_update(mine)
 
     def work(number: int) -> None:
         rng, until = random.Random(number), time.monotonic() + seconds
@@ -117,7 +118,7 @@ def _threads(engine: A3Engine, seconds: float) -> Counter[str]:
         except BaseException as error:
             failures.append(error)
 
-    library_module.encode_chunk = counted
+    library_module.encode_chunks = counted
     try:
         workers = [threading.Thread(target=work, args=(n,)) for n in range(THREADS)]
         for worker in workers:
@@ -126,7 +127,7 @@ def _threads(engine: A3Engine, seconds: float) -> Counter[str]:
             worker.join(seconds + 120)
             assert not worker.is_alive(), "a deadlock"
     finally:
-        library_module.encode_chunk = encode
+        library_module.encode_chunks = encode
     if failures:
         raise failures[0]
     return counts

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.cache import Correction
 from a3_engine.fusion.drift import Drift, DriftRepair
 from a3_engine.fusion.layout import Layout
@@ -124,14 +125,23 @@ class QuestionSelector(Selector):
     """Selects by the question's attention to the loaded keys, before the pass begins.
 
     The engine runs the fresh tokens alone over the loaded cache and adds up what the question
-    attends to. With ``alone`` the question has seen no chunk until then.
+    attends to. With ``alone`` the question has seen no chunk until then. ``pool`` is that of
+    :class:`~a3_engine.fusion.attention_sums.AttentionSums`.
     """
 
     alone: ClassVar[bool] = False
+    pool: ClassVar[Pool] = "mean"
 
     def layers(self, n_layers: int) -> range:
         """The layers whose attention is wanted; all of them unless a method says otherwise."""
         return range(n_layers)
+
+    def stages(self, n_layers: int) -> dict[int, float]:
+        """Layers from which on only a share of the picked tokens is computed, with that share.
+
+        In ascending order, the shares falling; see :mod:`a3_engine.fusion.narrowing`.
+        """
+        return {}
 
     @abstractmethod
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
@@ -141,7 +151,7 @@ class QuestionSelector(Selector):
         ----------
         attention : torch.Tensor
             fp32, shape ``(layers, tokens)``: each wanted layer's attention weights, averaged over
-            the question's tokens and the heads.
+            the heads, and over the question's tokens taken together as ``pool`` says.
         """
 
 

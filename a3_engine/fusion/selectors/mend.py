@@ -8,9 +8,13 @@ from typing import ClassVar
 
 import torch
 
+from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.drift import DriftRepair
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import QuestionSelector, top_candidates
+
+# Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
+START_WEIGHT, START_TOKENS = 2.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,43 @@ class Mend(QuestionSelector):
     depth : float
         Share of the layers, from the first, whose attention is looked at; the scoring pass ends
         there.
+    narrow : tuple of (float, float)
+        From a share of the depth on, the share of the picked tokens that is still computed; see
+        :mod:`a3_engine.fusion.narrowing`.
     """
 
     name: ClassVar[str] = "mend"
+    pool: ClassVar[Pool] = "max"
     repair: DriftRepair | None = field(default_factory=DriftRepair)
-    depth: float = 0.5
+    depth: float = 1 / 3
+    narrow: tuple[tuple[float, float], ...] = ((0.5, 0.7), (0.6, 0.45), (0.8, 0.15))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.depth <= 1.0:
             raise ValueError(f"The depth of scoring lies above 0 and up to 1, not at {self.depth}.")
+        depths, shares = [at for at, _ in self.narrow], [share for _, share in self.narrow]
+        if not (
+            all(0.0 < at < 1.0 for at in depths)
+            and all(0.0 <= share <= 1.0 for share in shares)
+            and depths == sorted(set(depths))
+            and shares == sorted(shares, reverse=True)
+        ):
+            raise ValueError(
+                "narrow takes pairs of a depth between 0 and 1, each below the next, and a share "
+                f"from 0 to 1, none above the one before, not {self.narrow}."
+            )
 
     def layers(self, n_layers: int) -> range:
         return range(math.ceil(n_layers * self.depth))
 
+    def stages(self, n_layers: int) -> dict[int, float]:
+        return {math.ceil(n_layers * at): share for at, share in self.narrow}
+
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        return top_candidates(attention.mean(0), layout.inexact_positions, self.budget(layout))
+        scores = attention.mean(0)
+        for span in layout.chunks:
+            # What stands ahead of a chunk moves its first tokens most: alone, they see nothing.
+            behind = torch.arange(span.stop - span.start, device=scores.device)
+            scores[span.start : span.stop] *= 1 + START_WEIGHT * torch.exp(-behind / START_TOKENS)
+        return top_candidates(scores, layout.inexact_positions, self.budget(layout))

@@ -1,0 +1,64 @@
+"""What a question attends to, collected while a pass computes its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+
+from a3_engine.fusion.layout import Layout
+from a3_engine.model.attention import multiply
+from a3_engine.model.rows import Rows
+
+Pool = Literal["mean", "max"]
+
+
+class AttentionSums:
+    """Collects the question's attention weights, layer by layer.
+
+    Parameters
+    ----------
+    layout : Layout
+        Its question has to be among the rows of the pass.
+    layers : collection of int
+        The layers to look at.
+    pool : str
+        How the question's tokens are taken together, each averaged over the heads before: their
+        ``"mean"``, or the ``"max"`` of what any of them attends to.
+    """
+
+    def __init__(self, layout: Layout, layers: Collection[int], pool: Pool) -> None:
+        self._layers, self._pool = layers, pool
+        self._question = layout.question
+        # Causal within the question only: its words may also stand ahead of the documents.
+        self._first = int(layout.question[0])
+        where = torch.arange(self._first, layout.n_tokens)
+        self._after = torch.isin(where, layout.question) & (where > layout.question[:, None])
+        self._by_layer: list[torch.Tensor] = []
+
+    def observe(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+    ) -> None:
+        """Add one layer; query and key as the attention function gets them."""
+        if layer not in self._layers:
+            return
+        kv_heads, n_tokens, head_dim = key.shape[1:]
+        index = torch.searchsorted(rows.positions, self._question).to(query.device)
+        question = query[0, :, index] * scaling
+        heads, n_question = question.shape[:2]
+        scores = query.new_empty(kv_heads, heads // kv_heads * n_question, n_tokens)
+        multiply(question.reshape(kv_heads, -1, head_dim), key[0].transpose(1, 2), scores)
+        scores.view(heads, n_question, n_tokens)[..., self._first :].masked_fill_(
+            self._after.to(scores.device), float("-inf")
+        )
+        weights = torch.softmax(scores, dim=-1).view(heads, n_question * n_tokens)
+        # A product adds up in fp32 without a copy of the weights in fp32, as `mean` would make.
+        share = weights.new_full((1, heads), 1 / heads)
+        by_token = (share @ weights).view(n_question, n_tokens).float()
+        self._by_layer.append(by_token.mean(0) if self._pool == "mean" else by_token.amax(0))
+
+    def take(self) -> torch.Tensor:
+        """What was collected, on one device, ``(layers, tokens)``; collecting begins anew."""
+        found, self._by_layer = self._by_layer, []
+        return torch.stack([row.to(found[0].device) for row in found])

@@ -1,0 +1,64 @@
+"""Fewer rows in the upper layers.
+
+What a recomputed token's upper layers give is read by the question and the answer alone, and by
+few tokens above them; the lower layers feed all that stands on top. So a token whose keys the
+question hardly attends to may keep its stored ones from some layer on. Which those are the pass
+itself shows, in the layer just below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from a3_engine.fusion.attention_sums import AttentionSums, Pool
+from a3_engine.fusion.layout import Layout
+from a3_engine.fusion.selectors.base import top_candidates
+from a3_engine.model.rows import Rows
+
+
+class Narrowing:
+    """The picked tokens that a pass goes on with, stage by stage.
+
+    Parameters
+    ----------
+    stages : mapping of int to float
+        For some layers in ascending order, the share of the picked tokens that is computed from
+        there on.
+    layout : Layout
+    selected : torch.Tensor
+        Sorted positions of the picked tokens.
+    pool : str
+        See :class:`~a3_engine.fusion.attention_sums.AttentionSums`.
+
+    Attributes
+    ----------
+    left : dict of int to torch.Tensor
+        Sorted positions of those computed from a layer on, for every stage that was reached.
+    """
+
+    def __init__(
+        self, stages: Mapping[int, float], layout: Layout, selected: torch.Tensor, pool: Pool
+    ) -> None:
+        self._stages, self._selected = stages, selected
+        self._sums = AttentionSums(layout, {stage - 1 for stage in stages}, pool)
+        self.left: dict[int, torch.Tensor] = {}
+
+    def observe(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+    ) -> None:
+        """See every attention of the pass."""
+        self._sums.observe(layer, query, key, rows, scaling)
+
+    def begins(self, layer: int) -> bool:
+        """Whether fewer tokens are computed from this layer on."""
+        return layer in self._stages
+
+    def pick(self, layer: int) -> torch.Tensor:
+        """Sorted positions of the tokens that go on from this layer."""
+        before = next(reversed(self.left.values()), self._selected)
+        attended = self._sums.take()[0].cpu()
+        n_left = round(self._stages[layer] * len(self._selected))
+        self.left[layer] = top_candidates(attended, before, n_left).sort().values
+        return self.left[layer]

@@ -1,0 +1,83 @@
+"""Chunks computed together: each as if it had been computed alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+import a3_engine.chunks.library as library_module
+from a3_engine import Chunk
+from a3_engine.chunks.encoding import (
+    BATCH_ROWS,
+    CPU_BATCH_ROWS,
+    LEAST_FILLED,
+    batches,
+    encode_chunks,
+)
+from tests.tiny import CONFIGS, VOCABULARY
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["behind a prefix", "alone"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, behind):
+    engine = tiny_engine(name)
+    library, rng = engine.runtime.library, random.Random(3)
+    rotation, decoder = engine.runtime.support.rotation, engine.runtime.model.get_decoder()
+    chunks = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (17, 20, 18, 1)]
+    prefix = encode_chunks(decoder, rotation, [library.prefix_ids])[0] if behind else None
+    together = encode_chunks(decoder, rotation, chunks, prefix)
+    for ids, one in zip(chunks, together, strict=True):
+        (alone,) = encode_chunks(decoder, rotation, [ids], prefix)
+        assert one.n_tokens == len(ids)
+        torch.testing.assert_close(one.keys, alone.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.values, alone.values, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", CPU_BATCH_ROWS), ("cuda", BATCH_ROWS)])
+def test_batches_hold_everything_once_and_are_well_filled(device, most):
+    rng = random.Random(5)
+    lengths = [rng.randrange(1, 700) for _ in range(500)]
+    items = list(range(len(lengths)))
+    found = list(batches(items, lengths, torch.device(device)))
+    assert sorted(item for batch in found for item in batch) == items
+    for batch in found:
+        ours = [lengths[item] for item in batch]
+        assert len(batch) == 1 or len(batch) * max(ours) <= most
+        assert min(ours) >= LEAST_FILLED * max(ours)
+    assert len(found) < len(items)
+    assert list(batches([], [], torch.device(device))) == []
+
+
+def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_engine, monkeypatch):
+    """None waits for another that waits for it, whatever order they come in."""
+    engine, counts, real = tiny_engine(), Counter(), library_module.encode_chunks
+
+    def counting(decoder, rotation, chunks, prefix=None):
+        counts.update(tuple(ids) for ids in chunks)
+        return real(decoder, rotation, chunks, prefix)
+
+    monkeypatch.setattr(library_module, "encode_chunks", counting)
+    texts = [f"Lamp {n} burns through night {n * 7}." for n in range(40)]
+    errors = []
+
+    def ingest(seed: int) -> None:
+        mine = texts[:]
+        random.Random(seed).shuffle(mine)
+        try:
+            engine.precompute([Chunk(text, "lamps") for text in mine], progress=False)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ingest, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "a deadlock"
+    assert not errors
+    assert set(counts.values()) == {1}
+    assert engine.precompute(texts, progress=False).present == len(texts)
