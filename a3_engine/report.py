@@ -35,7 +35,7 @@ class Trace:
 
     prompt: Prompt
     recomputed: tuple[int, ...]
-    narrowed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    narrowed: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     def recomputed_by_layer(self, n_layers: int) -> list[tuple[int, ...]]:
         """The recomputed positions of each layer."""
@@ -51,7 +51,8 @@ class FusionReport:
 
     ``cached_tokens`` were read from the store or left by the conversation's turn before, which are
     the ``reused_turn_tokens`` among them; ``created_tokens`` belong to chunks that missed and were
-    computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion pass.
+    computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion pass,
+    by some methods not in all of its layers.
     ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
     ``ttft_s``, the time from the call to the first token, as are ``plan_s``, from the call to the
     prompt's token ids, ``load_s`` and ``encode_s``.

@@ -210,7 +210,8 @@ def simulate(
         share = stages.get(layer, share)
         recomputed = torch.linspace(0, context - 1, round(share * n_recomputed)).long()
         rows.append(torch.cat([recomputed, fresh]))
-    lower = replace(shape, layers=len(Mend().layers(shape.layers)))
+    n_lower = len(Mend().layers(shape.layers))
+    lower = replace(shape, layers=n_lower, windows=shape.windows[:n_lower])
     raw = stored_bytes(shape, context, DEFAULT_CODEC)
     select = compute = 0.0
     if ratio > 0:

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
-STRIPES = 64
+
+@dataclass
+class _Flight:
+    """A chunk's lock, and how many hold it or wait for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    wanted: int = 0
 
 
 class Flights:
-    """One lock for each of some groups of keys."""
+    """One lock for each key, as long as anybody wants it."""
 
     def __init__(self) -> None:
-        self._locks = [threading.Lock() for _ in range(STRIPES)]
+        self._flights: dict[str, _Flight] = {}
+        self._changing = threading.Lock()
 
-    def of(self, keys: Iterable[str]) -> ExitStack:
-        """Hold the locks of these keys until it is closed; who holds them first does the work."""
+    def of(self, *keys: str) -> ExitStack:
+        """Hold these keys until it is closed, in any thread; who holds them does the work."""
         with ExitStack() as held:
             # All threads take them in one order, so that no two wait for each other.
-            for stripe in sorted({int(key[:8], 16) % STRIPES for key in keys}):
-                held.enter_context(self._locks[stripe])
+            for key in sorted(set(keys)):
+                held.enter_context(self._one(key))
             return held.pop_all()
+
+    @contextmanager
+    def _one(self, key: str) -> Iterator[None]:
+        with self._changing:
+            flight = self._flights.setdefault(key, _Flight())
+            flight.wanted += 1
+        try:
+            with flight.lock:
+                yield
+        finally:
+            with self._changing:
+                flight.wanted -= 1
+                if not flight.wanted:
+                    del self._flights[key]

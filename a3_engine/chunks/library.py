@@ -92,7 +92,7 @@ class ChunkLibrary:
         if (stored := self.store.get(header)) is not None:
             return Fetched(stored.kv(), True, stored.nbytes, 0.0)
         prefix = self._prefix(segment)
-        with self._flights.of([header.key]):
+        with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(stored.kv(), True, stored.nbytes, 0.0)
             [payload], started = self._compute([segment], prefix)
@@ -105,14 +105,15 @@ class ChunkLibrary:
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
     def store_all(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """Compute and store segments; yields as each becomes durable.
+        """Compute and store segments; yields once for each that has become durable.
 
-        Short ones are computed together; while some are written, the next are computed.
+        The shortest come first, and short ones are computed together; while some are written, the
+        next are computed.
 
         Raises
         ------
         StoreError
-            A segment cannot be written; those before it are stored.
+            A segment cannot be written; what was written before it stays.
         """
         lengths = [len(segment.ids) for segment in segments]
         with ThreadPoolExecutor(1, "a3-store") as writer:
@@ -127,7 +128,7 @@ class ChunkLibrary:
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
         prefix = self._prefix(batch[0])
-        with self._flights.of(self.header(segment).key for segment in batch) as held:
+        with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
             payloads = self._compute(missing, prefix)[0] if missing else []
             flight = held.pop_all()

@@ -35,7 +35,7 @@ class AttentionSums:
         self._first = int(layout.question[0])
         where = torch.arange(self._first, layout.n_tokens)
         self._after = torch.isin(where, layout.question) & (where > layout.question[:, None])
-        self._by_layer: list[torch.Tensor] = []
+        self._by_layer: dict[int, torch.Tensor] = {}
 
     def observe(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
@@ -56,9 +56,13 @@ class AttentionSums:
         # A product adds up in fp32 without a copy of the weights in fp32, as `mean` would make.
         share = weights.new_full((1, heads), 1 / heads)
         by_token = (share @ weights).view(n_question, n_tokens).float()
-        self._by_layer.append(by_token.mean(0) if self._pool == "mean" else by_token.amax(0))
+        self._by_layer[layer] = by_token.mean(0) if self._pool == "mean" else by_token.amax(0)
 
-    def take(self) -> torch.Tensor:
-        """What was collected, on one device, ``(layers, tokens)``; collecting begins anew."""
-        found, self._by_layer = self._by_layer, []
-        return torch.stack([row.to(found[0].device) for row in found])
+    def of(self, layer: int) -> torch.Tensor:
+        """What was seen in a layer, ``(tokens,)``."""
+        return self._by_layer[layer]
+
+    def total(self) -> torch.Tensor:
+        """What was seen in all of them, on one device, ``(layers, tokens)``."""
+        rows = list(self._by_layer.values())
+        return torch.stack([row.to(rows[0].device) for row in rows])

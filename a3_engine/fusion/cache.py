@@ -72,11 +72,11 @@ class FusedLayer(DynamicLayer):
         self.values = self._values[:, :, : self.length]
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt's keys and values, each ``(1, kv_heads, n_prompt, head_dim)``, as views."""
+        """The prompt's keys and values as views, each of the buffers' shape up to ``n_prompt``."""
         return self._keys[:, :, : self.n_prompt], self._values[:, :, : self.n_prompt]
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write keys and values, each ``(1, kv_heads, rows, head_dim)``, into these slots."""
+        """Write keys and values, each ``(prompts, kv_heads, rows, head_dim)``, into these slots."""
         rows = rows.to(self.device)
         self._keys.index_copy_(2, rows, keys)
         self._values.index_copy_(2, rows, values)
@@ -213,7 +213,10 @@ class FusedCache(Cache):
         return (layer.stored() for layer in self.layers)
 
     def rewind(self) -> None:
-        """Make every layer pending again, as after loading; rows already written stay."""
+        """Make every layer pending again, as after loading; rows already written stay.
+
+        A pass that lets go of rows on its way up runs once.
+        """
         for layer in self.layers:
             layer.length = 0
             layer._show()

@@ -125,7 +125,10 @@ class FusionPass:
         )
         if isinstance(self.selector, QuestionSelector) and 0.0 < self.selector.ratio < 1.0:
             stages = self.selector.stages(len(self.cache.layers))
-            self.narrowing = Narrowing(stages, self.layout, self.selected, self.selector.pool)
+            sliding = [layer.is_sliding for layer in self.cache.layers]
+            self.narrowing = Narrowing(
+                stages, sliding, self.layout, self.selected, self.selector.pool
+            )
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
 

@@ -3,12 +3,13 @@
 What a recomputed token's upper layers give is read by the question and the answer alone, and by
 few tokens above them; the lower layers feed all that stands on top. So a token whose keys the
 question hardly attends to may keep its stored ones from some layer on. Which those are the pass
-itself shows, in the layer just below.
+itself shows, in the layer just below: the last one that attends to everything, since one with a
+sliding window sees the question's neighbours alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -24,8 +25,10 @@ class Narrowing:
     Parameters
     ----------
     stages : mapping of int to float
-        For some layers in ascending order, the share of the picked tokens that is computed from
-        there on.
+        For some layers, in ascending order from 1 on, the share of the picked tokens that is
+        computed from there on. What lies beyond the last layer is never reached.
+    sliding : sequence of bool
+        Which layers attend within a sliding window.
     layout : Layout
     selected : torch.Tensor
         Sorted positions of the picked tokens.
@@ -39,10 +42,22 @@ class Narrowing:
     """
 
     def __init__(
-        self, stages: Mapping[int, float], layout: Layout, selected: torch.Tensor, pool: Pool
+        self,
+        stages: Mapping[int, float],
+        sliding: Sequence[bool],
+        layout: Layout,
+        selected: torch.Tensor,
+        pool: Pool,
     ) -> None:
-        self._stages, self._selected = stages, selected
-        self._sums = AttentionSums(layout, {stage - 1 for stage in stages}, pool)
+        self._stages = {stage: share for stage, share in stages.items() if stage < len(sliding)}
+        self._selected = selected
+        self._shown_by = {
+            stage: next(
+                (layer for layer in reversed(range(stage)) if not sliding[layer]), stage - 1
+            )
+            for stage in self._stages
+        }
+        self._sums = AttentionSums(layout, set(self._shown_by.values()), pool)
         self.left: dict[int, torch.Tensor] = {}
 
     def observe(
@@ -58,7 +73,7 @@ class Narrowing:
     def pick(self, layer: int) -> torch.Tensor:
         """Sorted positions of the tokens that go on from this layer."""
         before = next(reversed(self.left.values()), self._selected)
-        attended = self._sums.take()[0].cpu()
+        attended = self._sums.of(self._shown_by[layer]).cpu()
         n_left = round(self._stages[layer] * len(self._selected))
         self.left[layer] = top_candidates(attended, before, n_left).sort().values
         return self.left[layer]

@@ -49,7 +49,7 @@ def question_attention(
     with fusion.only_fresh(_up_to(layers[-1], sums.observe)), suppress(_Seen):
         run_pass(decoder, [ids], cache)
     cache.rewind()
-    return sums.take()
+    return sums.total()
 
 
 @torch.inference_mode()
@@ -84,4 +84,4 @@ def question_alone(
     alone = FusionPass(without_chunks, layout, fusion.selector)
     with alone.only_fresh(_up_to(layers[-1], observe)), suppress(_Seen):
         run_pass(decoder, [ids], without_chunks)
-    return sums.take()
+    return sums.total()

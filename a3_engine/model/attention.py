@@ -268,7 +268,8 @@ def project(
 
     Returns
     -------
-    query : ``(1, heads, tokens, head_dim)``; key, value : ``(1, kv_heads, tokens, head_dim)``
+    query : ``(prompts, heads, tokens, head_dim)``
+    key, value : ``(prompts, kv_heads, tokens, head_dim)``
     """
     try:
         layer.forward(*args, **{**without_cache(kwargs), "attention_mask": Capture()})

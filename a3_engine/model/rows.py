@@ -1,4 +1,4 @@
-"""Which keys the rows of a pass see, cut into blocks once for all its layers."""
+"""Which keys the rows of a pass see, cut into blocks once for all layers that compute them."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
+import a3_engine.chunks.encoding as encoding_module
 import a3_engine.chunks.library as library_module
 from a3_engine import Chunk
 from a3_engine.chunks.encoding import (
@@ -18,6 +19,7 @@ from a3_engine.chunks.encoding import (
     batches,
     encode_chunks,
 )
+from a3_engine.chunks.flights import Flights
 from tests.tiny import CONFIGS, VOCABULARY
 
 
@@ -61,12 +63,12 @@ def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_en
         return real(decoder, rotation, chunks, prefix)
 
     monkeypatch.setattr(library_module, "encode_chunks", counting)
+    monkeypatch.setattr(encoding_module, "CPU_BATCH_ROWS", 80)  # batches of four
     texts = [f"Lamp {n} burns through night {n * 7}." for n in range(40)]
     errors = []
 
     def ingest(seed: int) -> None:
-        mine = texts[:]
-        random.Random(seed).shuffle(mine)
+        mine = random.Random(seed).sample(texts, 30)
         try:
             engine.precompute([Chunk(text, "lamps") for text in mine], progress=False)
         except BaseException as error:
@@ -80,4 +82,27 @@ def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_en
         assert not thread.is_alive(), "a deadlock"
     assert not errors
     assert set(counts.values()) == {1}
-    assert engine.precompute(texts, progress=False).present == len(texts)
+    wanted = {text for seed in range(4) for text in random.Random(seed).sample(texts, 30)}
+    assert engine.precompute(wanted, progress=False).present == len(wanted)
+
+
+def test_flights_of_other_chunks_do_not_wait_and_nothing_is_left_of_them():
+    flights = Flights()
+    first = flights.of("a", "b", "a")
+    other = flights.of("c")  # at once
+    arrived = threading.Event()
+
+    def wait() -> None:
+        with flights.of("c", "b"):
+            arrived.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    other.close()
+    assert not arrived.wait(0.1)
+    closing = threading.Thread(target=first.close)  # who closes need not be who opened
+    closing.start()
+    assert arrived.wait(10)
+    waiting.join(10)
+    closing.join(10)
+    assert not flights._flights

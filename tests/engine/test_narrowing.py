@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from a3_engine import A3Engine
+from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.narrowing import Narrowing
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.model.caching import with_cache
+from a3_engine.model.rows import Rows
 from tests.engine.test_exactness import build_prompt
 from tests.tiny import CONFIGS
 
@@ -64,6 +67,22 @@ def test_the_most_attended_go_on(tiny_engine, name, layer):
     ranked = sorted(selected.tolist(), key=lambda position: -float(seen[layer - 1][position]))
     assert 0 < len(left) < len(selected)
     assert left.tolist() == sorted(ranked[: round(SHARE * len(selected))])
+
+
+def test_a_layer_that_attends_to_everything_says_what_goes_on():
+    """Not the sliding one just below: the question sees no chunk there."""
+    layout = Layout(40, (Span(2, 36),), 2, torch.arange(36, 40), torch.arange(36, 40))
+    selected, seen = torch.arange(2, 12), []
+    narrowing = Narrowing({4: 0.5, 9: 0.1}, [False, True, True, True] * 2, layout, selected, "max")
+    rows = Rows(torch.cat([selected, layout.fresh]))
+    for layer in range(8):
+        if narrowing.begins(layer):
+            seen.append((layer, narrowing.pick(layer).tolist()))
+        key = torch.zeros(1, 1, 40, 4)
+        key[0, 0, 2 + layer : 7 + layer] = 9.0  # what this layer would say
+        narrowing.observe(layer, torch.ones(1, 2, len(rows.positions), 4), key, rows, 1.0)
+    assert seen == [(4, [2, 3, 4, 5, 6])]
+    assert list(narrowing.left) == [4]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

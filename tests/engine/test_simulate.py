@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -42,6 +43,14 @@ def test_less_is_computed_at_a_lower_ratio_and_nothing_is_selected_at_none():
     times = [simulate(LLAMA, A100, context=4096, ratio=ratio) for ratio in (0.0, 0.05, 0.3)]
     assert [each.compute for each in times] == sorted(each.compute for each in times)
     assert (times[0].select == 0.0) != (times[1].select == 0.0)
+
+
+def test_windows_make_a_long_prompt_cheaper():
+    windows = tuple(512 * (layer % 2) for layer in range(LLAMA.layers))
+    sliding = replace(LLAMA, windows=windows)
+    ours, theirs = (simulate(shape, A100, context=32_768, ratio=0.15) for shape in (sliding, LLAMA))
+    assert ours.select < theirs.select
+    assert ours.compute < theirs.compute
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4"])

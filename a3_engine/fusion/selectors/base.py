@@ -139,7 +139,7 @@ class QuestionSelector(Selector):
     def stages(self, n_layers: int) -> dict[int, float]:
         """Layers from which on only a share of the picked tokens is computed, with that share.
 
-        In ascending order, the shares falling; see :mod:`a3_engine.fusion.narrowing`.
+        In ascending order from 1 on, the shares falling; see :mod:`a3_engine.fusion.narrowing`.
         """
         return {}
 

@@ -19,10 +19,11 @@ START_WEIGHT, START_TOKENS = 2.0, 8.0
 
 @dataclass(frozen=True)
 class Mend(QuestionSelector):
-    """Question attention over the lower layers, and drift repair of what is not recomputed.
+    """Question attention over the lower layers, fewer rows above, and drift repair of the rest.
 
-    Tokens whose stored KV is exact already, those of a first chunk that stands just behind what it
-    was computed behind, are not picked.
+    A token counts by the most that any token of the question attends to it, the first ones of a
+    chunk for more than that. Tokens whose stored KV is exact already, those of a first chunk that
+    stands just behind what it was computed behind, are not picked.
 
     Parameters
     ----------
