@@ -177,9 +177,13 @@ async def test_an_abandoned_request_of_an_event_loop_stops_computing(endless, ho
 def test_threads_get_the_answers_of_one_after_the_other(endless):
     """Eight at once, some with the same chunks, some with none, hits and misses mixed."""
     requests = [
-        [Message("user", [Chunk(LAMP), Chunk(f"{SHORE} No. {n // 2}"), f"{ASK} {n}"])]
+        [
+            Message(
+                "user", [Chunk(LAMP), Chunk(f"{SHORE} No. {n // 2}"), f"{ASK} {n * 7} or {n * n}?"]
+            )
+        ]
         if n % 4
-        else f"{ASK} {n}"
+        else f"{ASK} {n * 7} or {n * n}?"
         for n in range(12)
     ]
 
