@@ -37,7 +37,7 @@ class Spread(Mend):
         budget, candidates = self.budget(layout), layout.inexact_positions
         at = torch.linspace(0, len(candidates) - 1, budget // 5).long()
         even = candidates[at].to(attention.device)
-        scores = attention.mean(0).clone()
+        scores = self.scores(layout, attention)
         scores[even] = 0.0
         return torch.cat([even, top_candidates(scores, candidates, budget - len(even))])
 
@@ -50,7 +50,7 @@ class Adaptive(Mend):
     mass: float = 0.6
 
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        scores, candidates = attention.mean(0), layout.inexact_positions
+        scores, candidates = self.scores(layout, attention), layout.inexact_positions
         held = scores[candidates].sort(descending=True).values.cumsum(0)
         enough = int((held < self.mass * held[-1]).sum()) + 1
         return top_candidates(scores, candidates, enough)

@@ -160,14 +160,13 @@ class FusionPass:
             self.rows = torch.unique(torch.cat([left, self.layout.fresh]))
             among = torch.searchsorted(before, self.rows)
             args, kwargs = _sliced(args, kwargs, among, len(before))
-        cached = self.cache.layers[index]
-        cached.rows = self._shared_mask().keys_before(self.rows)
+        cached, mask = self.cache.layers[index], self._shared_mask()
+        cached.rows = mask.keys_before(self.rows)
         cached.before_write = (
             partial(self._correct, index, cached, self.rows)
             if self._correct and self.selected is not None
             else None
         )
-        mask = self._shared_mask()
         args, kwargs = _sliced(args, kwargs, self.rows, self.layout.n_tokens)
         if self.last_only and index == len(self.cache.layers) - 1 and self.observer is None:
             _, key, value = project(layer, args, kwargs)

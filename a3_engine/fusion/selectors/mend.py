@@ -67,10 +67,15 @@ class Mend(QuestionSelector):
     def stages(self, n_layers: int) -> dict[int, float]:
         return {math.ceil(n_layers * at): share for at, share in self.narrow}
 
-    def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
+    def scores(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
+        """How much each token counts, ``(tokens,)``; the attention is that of :meth:`select`."""
         scores = attention.mean(0)
         for span in layout.chunks:
             # What stands ahead of a chunk moves its first tokens most: alone, they see nothing.
             behind = torch.arange(span.stop - span.start, device=scores.device)
             scores[span.start : span.stop] *= 1 + START_WEIGHT * torch.exp(-behind / START_TOKENS)
+        return scores
+
+    def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
+        scores = self.scores(layout, attention)
         return top_candidates(scores, layout.inexact_positions, self.budget(layout))
