@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_engine import native
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
@@ -87,6 +88,7 @@ def start(
     StoreError
         The folder cannot be used.
     """
+    native.library()  # compiled now where it has to be, not during a request
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
     support = shared.computing.run(lambda: examine(model))

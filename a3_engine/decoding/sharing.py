@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from a3_engine.decoding.reply import Reply
 from a3_engine.fusion.batch import step
-from a3_engine.model.caching import with_cache
+from a3_engine.fusion.fuse import arguments
 from a3_engine.model.computing import Computing
 
 
@@ -64,7 +64,7 @@ class SharedDecoding:
 
     def _prefill(self, reply: Reply) -> None:
         logits = self._model(
-            input_ids=reply.ids, **with_cache(self._model, reply.cache), logits_to_keep=1
+            **arguments(self._model, reply.ids, reply.cache), logits_to_keep=1
         ).logits
         reply.take(logits[:, -1])
 

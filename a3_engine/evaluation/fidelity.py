@@ -14,8 +14,8 @@ from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.fusion.fuse import arguments
 from a3_engine.method import Method
-from a3_engine.model.caching import with_cache
 from a3_engine.segments import Prompt
 
 ANSWER_TOKENS = 12
@@ -123,11 +123,8 @@ def _forward(engine: A3Engine, ids: Sequence[int], cache: Cache) -> torch.Tensor
     model = engine.runtime.model
     device = model.get_input_embeddings().weight.device
     keep = 1 if cache.get_seq_length() == 0 else 0
-    logits = model(
-        input_ids=torch.tensor([list(ids)], device=device),
-        **with_cache(model, cache),
-        logits_to_keep=keep,
-    ).logits[0]
+    tokens = torch.tensor([list(ids)], device=device)
+    logits = model(**arguments(model, tokens, cache), logits_to_keep=keep).logits[0]
     logits[-1, 0].item()  # waits for the device, so that a caller's clock is right
     return logits
 

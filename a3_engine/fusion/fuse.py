@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from a3_engine.fusion.batch import BatchCache
-from a3_engine.fusion.cache import Correction, FusedCache
+from a3_engine.fusion.cache import Correction, FusedCache, FusedLayer
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.narrowing import Narrowing
 from a3_engine.fusion.selectors.base import (
@@ -84,7 +85,9 @@ class FusionPass:
         correct: Correction | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self.cache = cache
+        # The cache holds the pass, and not the pass the cache: in a circle, its memory would wait
+        # for Python's collector.
+        self._sliding = [layer.is_sliding for layer in cache.layers]
         self.layout = layout
         self.selector = selector
         self.abandoned = abandoned
@@ -99,6 +102,7 @@ class FusionPass:
             torch.arange(layout.n_tokens) if cache.positions is None else cache.positions
         )
         self.rows = self._everything
+        self._given = self._everything  # the positions of what the forward was called with
         self._mask: Rows | None = None
         self._started = time.perf_counter()
         cache.fusion = self
@@ -124,10 +128,9 @@ class FusionPass:
             else torch.unique(torch.cat([self.selected, self.layout.fresh]))
         )
         if isinstance(self.selector, QuestionSelector) and 0.0 < self.selector.ratio < 1.0:
-            stages = self.selector.stages(len(self.cache.layers))
-            sliding = [layer.is_sliding for layer in self.cache.layers]
+            stages = self.selector.stages(len(self._sliding))
             self.narrowing = Narrowing(
-                stages, sliding, self.layout, self.selected, self.selector.pool
+                stages, self._sliding, self.layout, self.selected, self.selector.pool
             )
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
@@ -144,41 +147,51 @@ class FusionPass:
             self.rows, self.selected, self.narrowing, self._correct, self.observer = before
 
     def before_layer(
-        self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        cache: FusedCache,
+        layer: nn.Module,
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Narrow a layer's input to the rows that it computes; the layer's forward pre-hook."""
         if self.abandoned():
             raise Abandoned
+        if index == 0:
+            n_given = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            everything = torch.arange(self.layout.n_tokens)
+            self._given = everything if n_given == len(everything) else self.rows
         if (
             self.selected is None
             and isinstance(self.selector, LayerSelector)
             and index == self.selector.layer
         ):
-            self._select_at(layer, index, args, kwargs)
+            self._select_at(cache.layers[index], layer, args, kwargs)
         if self.narrowing is not None and self.narrowing.begins(index):
             before, left = self.rows, self.narrowing.pick(index)
             self.rows = torch.unique(torch.cat([left, self.layout.fresh]))
             among = torch.searchsorted(before, self.rows)
             args, kwargs = _sliced(args, kwargs, among, len(before))
-        cached, mask = self.cache.layers[index], self._shared_mask()
+        cached, mask = cache.layers[index], self._shared_mask(cache.positions)
         cached.rows = mask.keys_before(self.rows)
         cached.before_write = (
             partial(self._correct, index, cached, self.rows)
             if self._correct and self.selected is not None
             else None
         )
-        args, kwargs = _sliced(args, kwargs, self.rows, self.layout.n_tokens)
-        if self.last_only and index == len(self.cache.layers) - 1 and self.observer is None:
+        among = torch.searchsorted(self._given, self.rows)
+        args, kwargs = _sliced(args, kwargs, among, len(self._given))
+        if self.last_only and index == len(cache.layers) - 1 and self.observer is None:
             _, key, value = project(layer, args, kwargs)
             cached.complete(key, value)
-            mask = Rows(self.rows[-1:], self.cache.positions)
+            mask = Rows(self.rows[-1:], cache.positions)
             args, kwargs = _sliced(args, kwargs, torch.tensor([-1]), len(self.rows))
         return args, {**kwargs, "attention_mask": mask}
 
-    def _shared_mask(self) -> Rows:
+    def _shared_mask(self, key_positions: torch.Tensor | None) -> Rows:
         """The current rows as a mask, made once for all layers that compute them."""
         if self._mask is None or self._mask.positions is not self.rows:
-            self._mask = Rows(self.rows, self.cache.positions, self._observe)
+            self._mask = Rows(self.rows, key_positions, self._observe)
         return self._mask
 
     def _observe(
@@ -190,10 +203,13 @@ class FusionPass:
             self.narrowing.observe(layer, query, key, rows, scaling)
 
     def _select_at(
-        self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        cached: FusedLayer,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         assert isinstance(self.selector, LayerSelector)
-        cached = self.cache.layers[index]
         query, key, value = project(layer, args, kwargs)
         stored_key, stored_value = cached.stored()
         self.take(
@@ -229,10 +245,34 @@ def _sliced(
     return args, kwargs
 
 
+def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -> dict[str, Any]:
+    """What a forward over prompts is called with: their tokens, or of those the ones computed.
+
+    Parameters
+    ----------
+    ids : torch.Tensor
+        Shape ``(prompts, tokens)``.
+    cache : Cache
+        Where it has a pass that knows its rows by now, the others are not even embedded.
+    """
+    given = {"input_ids": ids, **with_cache(module, cache)}
+    fusion = cache.fusion if isinstance(cache, FusedCache) else None
+    if fusion is None or fusion.selected is None or not cache.layers[0].pending:
+        return given
+    rows = fusion.rows.to(ids.device)
+    return {
+        **given,
+        "input_ids": ids[:, rows],
+        "position_ids": rows[None],
+        # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
+        "attention_mask": torch.empty(1, 1, 1, 1, device=ids.device),
+    }
+
+
 def run_pass(decoder: PreTrainedModel, ids: Sequence[Sequence[int]], cache: FusedCache) -> None:
     """The decoder's forward over prompts, narrowed by their cache's pass, without logits."""
     device = decoder.get_input_embeddings().weight.device
-    decoder(input_ids=torch.tensor(ids, device=device), **with_cache(decoder, cache))
+    decoder(**arguments(decoder, torch.tensor(ids, device=device), cache))
 
 
 def install_hooks(layers: nn.ModuleList) -> None:
@@ -246,7 +286,7 @@ def install_hooks(layers: nn.ModuleList) -> None:
             if not isinstance(cache, FusedCache):
                 return None
             if cache.fusion is not None and cache.layers[index].pending:
-                return cache.fusion.before_layer(layer, index, args, kwargs)
+                return cache.fusion.before_layer(cache, layer, index, args, kwargs)
             if cache.observer is not None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 slots = cache.layers[index].length + torch.arange(hidden.shape[1])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from a3_engine import native
 from a3_engine.chunks.kv import ChunkKV, kv_shape
+from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
@@ -19,17 +22,18 @@ def allocate(
     """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
     decoder = model.get_decoder()
     shape = (n_prompts, *kv_shape(decoder, capacity)[1:])
+    devices = [next(layer.parameters()).device for layer in decoder.layers]
+    n_values = 2 * sum(device.type == "cpu" for device in devices) * math.prod(shape)
+    on_cpu = iter(BUFFERS.take(n_values, model.dtype).view(-1, *shape))
     layers = []
-    for layer, window in zip(decoder.layers, has_window(model), strict=True):
-        device = next(layer.parameters()).device
-        layers.append(
-            FusedLayer(
-                torch.empty(shape, dtype=model.dtype, device=device),
-                torch.empty(shape, dtype=model.dtype, device=device),
-                n_prompt,
-                is_sliding=window,
-            )
+    for device, window in zip(devices, has_window(model), strict=True):
+        keys, values = (
+            next(on_cpu)
+            if device.type == "cpu"
+            else torch.empty(shape, dtype=model.dtype, device=device)
+            for _ in range(2)
         )
+        layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
     return FusedCache(layers)
 
 
@@ -48,11 +52,17 @@ def load_chunks(
     """
     if not chunks:
         return
-    # One rotation a layer over all that was loaded costs less than one for every chunk.
     stop = max(start + kv.n_tokens for start, kv in chunks)
     tables = rotation.tables(torch.arange(stop), cache.devices)
-    for index, (layer, (cos, sin)) in enumerate(zip(cache.layers, tables, strict=True)):
-        keys, values = layer.stored()
+    stored = list(cache.stored())
+    if native.places([kv for _, kv in chunks], stored):
+        for prompt in range(len(stored[0][0])):
+            layers = [(keys[prompt], values[prompt]) for keys, values in stored]
+            for start, kv in chunks:
+                native.place(kv, start, layers, tables)
+        return
+    # One rotation a layer over all that was loaded costs less than one for every chunk.
+    for index, ((keys, values), (cos, sin)) in enumerate(zip(stored, tables, strict=True)):
         for start, kv in chunks:
             keys[:, :, start : start + kv.n_tokens] = kv.keys[index]
             values[:, :, start : start + kv.n_tokens] = kv.values[index]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass
+from a3_engine.fusion.fuse import FusionPass, arguments
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.lookahead import lookahead_queries
 from a3_engine.fusion.scoring import question_alone, question_attention
@@ -19,7 +19,6 @@ from a3_engine.fusion.selectors.base import (
     SparseSelector,
 )
 from a3_engine.fusion.sparse import sparse_positions
-from a3_engine.model.caching import with_cache
 from a3_engine.model.rotary import Rotation
 from a3_engine.model.rows import Observer
 
@@ -87,11 +86,8 @@ def begin(
     elif isinstance(selector, LayerSelector) and selector.drafted:
         device = model.get_input_embeddings().weight.device
         with fusion.only_fresh():
-            logits = model(
-                input_ids=torch.tensor([list(ids)], device=device),
-                **with_cache(model, cache),
-                logits_to_keep=1,
-            ).logits
+            prompt = torch.tensor([list(ids)], device=device)
+            logits = model(**arguments(model, prompt, cache), logits_to_keep=1).logits
         first = int(logits[0, -1].argmax())
         drafted = lookahead_queries(model, cache, first, selector.drafted)
         fusion.lookahead = drafted[selector.layer]

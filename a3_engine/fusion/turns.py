@@ -55,7 +55,8 @@ class Turn:
     @property
     def nbytes(self) -> int:
         """Bytes kept alive, with the slots that the answer left free."""
-        return sum(state.untyped_storage().nbytes() for pair in self.states for state in pair)
+        storages = (state.untyped_storage() for pair in self.states for state in pair)
+        return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
     def shared(self, ids: Sequence[int]) -> int:
         """Tokens that a prompt may take over; 0 unless it goes on behind this prompt's answer.

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from a3_engine import native
 from a3_engine.model.caching import without_cache
 from a3_engine.model.rows import Ragged, Rows, Scratch
 
@@ -107,6 +108,9 @@ def attend_rows(
     """
     if rows.observer is not None:
         rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
+    keys, values = list(key[:, None]), list(value[:, None])
+    if softcap is None and native.attends(query, keys, values):
+        return native.attend(query, keys, values, *rows.seen(sliding_window), scaling)
     attend = _attention_for(query, rows.scratch, softcap)
     output = torch.empty_like(query)
     for block in rows.blocks(sliding_window, query):
@@ -148,6 +152,10 @@ def attend_ragged(
     """
     n_requests, heads, head_dim = query.shape[0], query.shape[1], query.shape[3]
     kv_heads = keys[0].shape[1]
+    if softcap is None and native.attends(query, keys, values):
+        last = torch.tensor([[key.shape[2]] for key in keys])
+        first = (last - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(last)
+        return native.attend(query, keys, values, first, last, scaling)
     # Heads that share keys stand as rows: a kernel for single heads may copy the keys for each.
     grouped = query.reshape(n_requests, kv_heads, heads // kv_heads, head_dim)
     output = torch.empty_like(grouped)

@@ -76,6 +76,13 @@ class Rows:
             return positions.clamp(min=0)
         return torch.searchsorted(self.key_positions, positions)
 
+    def seen(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each row the first key that it sees, and the first behind those; ``(1, rows)``."""
+        stops = self.keys_before(self.positions + 1)
+        if window is None:
+            return torch.zeros_like(stops)[None], stops[None]
+        return self.keys_before(self.positions - window + 1)[None], stops[None]
+
     def blocks(self, window: int | None, query: torch.Tensor) -> list[Block]:
         """The rows in blocks, for layers with this sliding window and such queries."""
         plan = window, query.device, query.dtype
@@ -86,18 +93,15 @@ class Rows:
     def _cut(self, window: int | None, device: torch.device, dtype: torch.dtype) -> list[Block]:
         n_rows = len(self.positions)
         size = CPU_BLOCK_ROWS if device.type == "cpu" else BLOCK_ROWS
-        stops = self.keys_before(self.positions + 1)
-        starts = self.keys_before(self.positions - window + 1) if window else None
+        (starts,), (stops,) = self.seen(window)
         blocks = []
         for at in range(0, n_rows, size):
             rows = slice(at, min(at + size, n_rows))
-            first = int(starts[at]) if starts is not None else 0
+            first = int(starts[at])
             last = int(stops[rows.stop - 1])
             # Without a window, keys up to the block's first row are visible to all its rows.
-            where = torch.arange(first if starts is not None else int(stops[at]) - 1, last)
-            hidden = where >= stops[rows, None]
-            if starts is not None:
-                hidden |= where < starts[rows, None]
+            where = torch.arange(first if window else int(stops[at]) - 1, last)
+            hidden = (where >= stops[rows, None]) | (where < starts[rows, None])
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
             blocks.append(Block(rows, slice(first, last), mask.to(device)))
         return blocks

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.fusion.batch import step
-from a3_engine.fusion.fuse import FusionPass, install_hooks
+from a3_engine.fusion.fuse import FusionPass, arguments, install_hooks
 from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.loading import allocate
 from a3_engine.fusion.selectors.a3 import A3
@@ -138,7 +138,7 @@ def _self_check(model: PreTrainedModel, decoder: PreTrainedModel, rotation: Rota
             rows = positions[middle.start : middle.stop]
             ours.write(rows, theirs.keys[:, :, rows], theirs.values[:, :, rows])
         FusionPass(cache, layout, selector)
-        fused = model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1)
+        fused = model(**arguments(model, ids, cache), logits_to_keep=1)
         if not _close(fused.logits, full.logits, tolerance):
             raise UnsupportedModelError(
                 f"{selector.name} at ratio {selector.ratio} around an exact chunk does not "

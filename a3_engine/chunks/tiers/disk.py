@@ -21,6 +21,7 @@ from a3_engine.chunks.payload import DamagedPayload, Header, Payload, open_file,
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
 from a3_engine.chunks.tiers.filesystem import TurnLock, refuse_network_share
 from a3_engine.chunks.tiers.index import Index, Row
+from a3_engine.chunks.tiers.opened import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
 
@@ -66,8 +67,8 @@ class DiskStore:
         self.size_limit = size_limit
         self._secret, self._lock_timeout = secret, lock_timeout
         self._opening = threading.Lock()
-        # (name, inode, size, change time) of the files whose checksum this process has compared.
-        self._hashed: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        # The files whose checksum this process has compared.
+        self._hashed: OrderedDict[Identity, None] = OrderedDict()
         self._open()
 
     def get(self, expected: Header) -> Payload | None:
@@ -211,13 +212,18 @@ class DiskStore:
     def _read(self, name: object, expected: Header) -> Payload:
         path = self._disk.path(name)
         with contextlib.suppress(OSError):
-            found = path.stat()
-            identity = (name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            found = path.lstat()
+            times = found.st_mtime_ns, found.st_ctime_ns
+            identity = (str(name), found.st_ino, found.st_size, *times)
+            if (opened := self._disk.opened.get(identity, expected)) is not None:
+                return opened
             payload = open_file(path, expected, self._secret, hashed=identity in self._hashed)
             self._hashed[identity] = None
             if len(self._hashed) > HASHED_FILES:
                 with contextlib.suppress(KeyError):
                     self._hashed.popitem(last=False)
+            if self._secret is None:  # what is sealed is checked whenever it is used
+                self._disk.opened.keep(identity, payload)
             return payload
         raise DamagedPayload("its file is not there")
 

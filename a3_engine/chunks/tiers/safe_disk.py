@@ -17,6 +17,8 @@ from typing import Any
 import diskcache
 from diskcache.core import MODE_BINARY
 
+from a3_engine.chunks.tiers.opened import Opened
+
 ATTEMPTS = 10
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{28}\.val")
 
@@ -27,6 +29,10 @@ class UnsafeEntry(Exception):
 
 class SafeDisk(diskcache.Disk):
     """Str keys, raw bytes, files of our own naming; everything else is refused."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.opened = Opened()
 
     def put(self, key: Any) -> tuple[str, bool]:
         if not isinstance(key, str):
@@ -76,6 +82,7 @@ class SafeDisk(diskcache.Disk):
     def remove(self, file_path: str) -> None:
         with contextlib.suppress(UnsafeEntry):
             self._inside(file_path)
+            self.opened.forget(file_path)
             super().remove(file_path)
 
     def path(self, filename: Any) -> Path:

@@ -1,0 +1,58 @@
+"""Memory that one prompt's cache leaves to the next one's.
+
+A cache of a long prompt takes hundreds of megabytes. Memory that was given back to the system comes
+page by page when it is asked for again, which takes longer than filling it: the more so on a
+virtual machine, whose host has taken the pages.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import numpy as np
+import torch
+
+KEPT_BYTES = 2**29
+ALIGNMENT = 64  # bytes, as torch aligns its own
+
+
+class Buffers:
+    """Blocks of CPU memory that are kept for reuse when the last tensor in them is gone.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes kept at most while nobody uses them.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
+        self._limit = limit
+        self._free: list[np.ndarray] = []
+        # A block may come back in the middle of anything, when garbage is collected.
+        self._lock = threading.RLock()
+
+    def take(self, n_values: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialized memory, a flat tensor; it comes back by itself."""
+        nbytes = n_values * dtype.itemsize + ALIGNMENT
+        with self._lock:
+            fitting = [block for block in self._free if block.nbytes >= nbytes]
+            block = min(fitting, key=lambda block: block.nbytes, default=None)
+            if block is not None:
+                self._free = [other for other in self._free if other is not block]
+        if block is None:
+            block = np.empty(nbytes, np.uint8)
+        at = -block.ctypes.data % ALIGNMENT
+        lent = block[at : at + n_values * dtype.itemsize]
+        # The tensor's storage holds on to `lent`, and so does every view of it.
+        weakref.finalize(lent, self._give_back, block).atexit = False
+        return torch.from_numpy(lent).view(dtype)
+
+    def _give_back(self, block: np.ndarray) -> None:
+        with self._lock:
+            self._free.append(block)
+            while sum(kept.nbytes for kept in self._free) > self._limit:
+                self._free.pop(0)
+
+
+BUFFERS = Buffers()

@@ -1,0 +1,167 @@
+"""Loops in C++ for CPUs that multiply bf16 by AVX512, with torch tensors as arguments."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from a3_engine.chunks.kv import ChunkKV
+from a3_engine.native.build import library
+
+__all__ = ["attend", "attends", "library", "place", "places"]
+
+BLOCK_ROWS = 64
+TASKS_A_THREAD = 4  # so that none waits long for the last
+LEAST_KEYS = 256  # of a task, where keys are cut
+
+Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+_Pointer, _Long = ctypes.c_void_p, ctypes.c_long
+
+
+def attends(
+    query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> bool:
+    """Whether :func:`attend` takes these: bf16 on the CPU, each head's tokens side by side."""
+    head_dim = query.shape[-1]
+    return (
+        _is_ours(query)
+        and query.stride(-1) == 1
+        and head_dim % 16 == 0
+        and all(
+            _is_ours(key)
+            and _is_ours(value)
+            and key.stride()[1:] == value.stride()[1:]
+            and key.stride()[2:] == (head_dim, 1)
+            for key, value in zip(keys, values, strict=True)
+        )
+        and library() is not None
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    first: torch.Tensor,
+    last: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of the rows of several sequences, each over its own sequence's keys.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        Shape ``(sequences, heads, rows, head_dim)``.
+    keys, values : sequence of torch.Tensor
+        Of each sequence, ``(1, kv_heads, its tokens, head_dim)``, with tokens side by side.
+    first, last : torch.Tensor
+        int64, ``(sequences, rows)`` or ``(1, rows)``: a row sees the keys from ``first`` to before
+        ``last``, at least one.
+    scaling : float
+        Of the scores.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(sequences, rows, heads, head_dim)``, from scores and sums in fp32.
+    """
+    sequences, heads, rows, head_dim = query.shape
+    kv_heads = keys[0].shape[1]
+    output = query.new_empty(sequences, rows, heads, head_dim)
+    first, last = (at.expand(sequences, rows).contiguous() for at in (first, last))
+    threads = torch.get_num_threads()
+    tasks = sequences * kv_heads * -(-rows // BLOCK_ROWS)
+    most = max(1, max(key.shape[2] for key in keys) // LEAST_KEYS)
+    splits = min(most, -(-TASKS_A_THREAD * threads // tasks))
+    _run(
+        "a3_attend",
+        query,
+        _longs(query.stride()[:3]),
+        _pointers(keys),
+        _pointers(values),
+        _longs([key.stride(1) for key in keys]),
+        first,
+        last,
+        *(sequences, heads, kv_heads, rows, head_dim),
+        ctypes.c_float(scaling),
+        *(BLOCK_ROWS, splits, threads),
+        output,
+        _longs([output.stride(at) for at in (0, 2, 1)]),
+    )
+    return output
+
+
+def places(chunks: Sequence[ChunkKV], layers: Layers) -> bool:
+    """Whether :func:`place` takes these: bf16 on the CPU, without gaps between tokens."""
+    return (
+        all(
+            _is_ours(states) and states.is_contiguous()
+            for kv in chunks
+            for states in (kv.keys, kv.values)
+        )
+        and all(_is_ours(states) for layer in layers for states in layer)
+        and library() is not None
+    )
+
+
+def place(
+    kv: ChunkKV, start: int, layers: Layers, tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Copy a chunk into a cache and turn its keys, in fp32, on the way.
+
+    Parameters
+    ----------
+    kv : ChunkKV
+    start : int
+        Position of its first token.
+    layers : sequence of (keys, values)
+        The cache, from position 0 on: ``(kv_heads, tokens, head_dim)``, tokens side by side.
+    tables : sequence of (cos, sin)
+        Of each layer, from position 0 on: contiguous, fp32, ``(tokens, rotary_dim / 2)``.
+    """
+    half = tables[0][0].shape[1]
+    to = start * kv.keys.shape[3] * kv.keys.element_size()
+    at = start * half * tables[0][0].element_size()
+    _run(
+        "a3_place",
+        kv.keys,
+        kv.values,
+        _pointers([keys for keys, _ in layers], to),
+        _pointers([values for _, values in layers], to),
+        _longs([keys.stride(0) for keys, _ in layers]),
+        _pointers([cos for cos, _ in tables], at),
+        _pointers([sin for _, sin in tables], at),
+        *kv.keys.shape,
+        half,
+        torch.get_num_threads(),
+    )
+
+
+def _is_ours(states: torch.Tensor) -> bool:
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
+
+
+def _run(name: str, *arguments: object) -> None:
+    loops = library()
+    assert loops is not None
+    loops[name](
+        *(
+            _Pointer(one.data_ptr())
+            if isinstance(one, torch.Tensor)
+            else _Long(one)
+            if isinstance(one, int)
+            else one
+            for one in arguments
+        )
+    )
+
+
+def _pointers(tensors: Sequence[torch.Tensor], offset: int = 0) -> ctypes.Array[ctypes.c_void_p]:
+    return (_Pointer * len(tensors))(*(tensor.data_ptr() + offset for tensor in tensors))
+
+
+def _longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:
+    return (_Long * len(numbers))(*numbers)

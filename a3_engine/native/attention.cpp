@@ -1,0 +1,332 @@
+// Attention of bf16 rows over the keys that each of them sees, with scores and sums in fp32.
+//
+// Keys and values are taken tile by tile, as in FlashAttention: a row's sums so far are scaled
+// down whenever a tile shows it a higher score. For many rows a tile is packed once into the order
+// that AVX512-BF16 multiplies; for few rows packing would take longer than reading.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "bf16.h"
+
+namespace a3 {
+namespace {
+
+constexpr long kTile = 128;  // keys
+constexpr int kRows = 6;     // by 4 vectors of columns: 24 accumulators of 32 registers
+constexpr int kColumns = 4;
+constexpr float kHidden = -INFINITY;
+
+// ---- many rows: packed tiles ----
+
+// Sixteen rows of sixteen 32-bit values become sixteen columns.
+void transpose(__m512i (&x)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    x[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    x[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+
+// keys[n][dim] as packed[dim / 2][kTile][2]; what the tile lacks becomes zero.
+void pack_keys(const bf16* keys, long n, long dim, bf16* packed) {
+  for (long at = 0; at < kTile; at += 16)
+    for (long d = 0; d < dim; d += 32) {
+      const __mmask16 pairs = lanes((dim - d) / 2);
+      __m512i x[16];
+      for (int i = 0; i < 16; ++i)
+        x[i] = at + i < n ? _mm512_maskz_loadu_epi32(pairs, keys + (at + i) * dim + d)
+                          : _mm512_setzero_si512();
+      transpose(x);
+      for (int i = 0; i < 16 && d + 2 * i < dim; ++i)
+        _mm512_storeu_si512(packed + 2 * ((d / 2 + i) * kTile + at), x[i]);
+    }
+}
+
+// values[n][dim] as packed[kTile / 2][dim][2].
+void pack_values(const bf16* values, long n, long dim, bf16* packed) {
+  const __m512i zip = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const auto load = [&](long row, long d) {
+    return row < n ? _mm512_castsi256_si512(
+                         _mm256_loadu_si256((const __m256i*)(values + row * dim + d)))
+                   : _mm512_setzero_si512();
+  };
+  for (long row = 0; row < kTile; row += 2)
+    for (long d = 0; d < dim; d += 16)
+      _mm512_storeu_si512(packed + row * dim + 2 * d,
+                          _mm512_permutex2var_epi16(load(row, d), zip, load(row + 1, d)));
+}
+
+// c[R][16 C] += a[R][2 pairs] * b[pairs][ldb][2], with all but c in bf16.
+template <int R, int C>
+void multiply(const bf16* a, long lda, const bf16* b, long ldb, long pairs, float* c, long ldc) {
+  __m512 sums[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) sums[r][j] = _mm512_loadu_ps(c + r * ldc + 16 * j);
+  for (long p = 0; p < pairs; ++p) {
+    __m512bh right[C];
+    for (int j = 0; j < C; ++j)
+      right[j] = (__m512bh)_mm512_loadu_si512(b + 2 * (p * ldb + 16 * j));
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * lda + 2 * p, sizeof pair);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], left, right[j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sums[r][j]);
+}
+
+// ---- few rows: keys and values as they lie ----
+
+// scores[R][kTile] += a[R][16 C] * keys[n][16 C], with rows of a and of the keys `dim` apart.
+template <int R, int C>
+void score(const bf16* a, const bf16* keys, long n, long dim, float* scores) {
+  __m512 rows[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) rows[r][j] = widen(a + r * dim + 16 * j);
+  for (long i = 0; i < n; ++i) {
+    __m512 key[C];
+    for (int j = 0; j < C; ++j) key[j] = widen(keys + i * dim + 16 * j);
+    for (int r = 0; r < R; ++r) {
+      __m512 sum = _mm512_mul_ps(rows[r][0], key[0]);
+      for (int j = 1; j < C; ++j) sum = _mm512_fmadd_ps(rows[r][j], key[j], sum);
+      scores[r * kTile + i] += _mm512_reduce_add_ps(sum);
+    }
+  }
+}
+
+// sums[R][16 C] += weights[R][kTile] * values[n][16 C], with rows of sums and values `dim` apart.
+template <int R, int C>
+void gather(const float* weights, const bf16* values, long n, long dim, float* sums) {
+  __m512 sum[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) sum[r][j] = _mm512_loadu_ps(sums + r * dim + 16 * j);
+  for (long i = 0; i < n; ++i)
+    for (int j = 0; j < C; ++j) {
+      const __m512 value = widen(values + i * dim + 16 * j);
+      for (int r = 0; r < R; ++r)
+        sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * kTile + i]), value, sum[r][j]);
+    }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) _mm512_storeu_ps(sums + r * dim + 16 * j, sum[r][j]);
+}
+
+// ---- the loops above for every number of rows and columns ----
+
+struct Loops {
+  decltype(&multiply<1, 1>) multiply;
+  decltype(&score<1, 1>) score;
+  decltype(&gather<1, 1>) gather;
+};
+template <int R, int C>
+constexpr Loops kLoops = {multiply<R, C>, score<R, C>, gather<R, C>};
+template <int R>
+constexpr Loops kOfRows[kColumns] = {kLoops<R, 1>, kLoops<R, 2>, kLoops<R, 3>, kLoops<R, 4>};
+constexpr const Loops* kOf[kRows] = {kOfRows<1>, kOfRows<2>, kOfRows<3>,
+                                     kOfRows<4>, kOfRows<5>, kOfRows<6>};
+
+// Calls with the loops and the first column of each group of columns.
+template <typename Use>
+void by_columns(int rows, long columns, Use use) {
+  for (long d = 0; d < columns; d += 16 * kColumns)
+    use(kOf[rows - 1][std::min<long>(kColumns, (columns - d) / 16) - 1], d);
+}
+
+// ---- softmax ----
+
+// 2^x for x <= 0, and zero below the smallest normal number. The polynomial is Taylor's with its
+// last coefficient fitted: relative error below 1e-5 on [-0.5, 0.5], that of bf16 is 4e-3.
+__m512 exp2(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_sub_ps(x, whole);
+  __m512 sum = _mm512_set1_ps(9.570e-3f);
+  for (float factor : {5.5917e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(factor));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_GE_OQ), sum,
+                                whole);
+}
+
+// One row of a tile: of its scores those from `first` to before `last` become weights relative to
+// the row's highest score so far, in fp32 and in bf16. Returns what earlier sums shrink by.
+float weigh(float* scores, bf16* weights, long first, long last, float scale, float& highest,
+            float& total) {
+  if (first > 0 || last < kTile) {
+    std::fill(scores, scores + first, kHidden);
+    std::fill(scores + last, scores + kTile, kHidden);
+  }
+  __m512 most = _mm512_set1_ps(highest);
+  for (long j = 0; j < kTile; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + j));
+  const float now = _mm512_reduce_max_ps(most);
+  const __m512 offset = _mm512_set1_ps(-now * scale), factor = _mm512_set1_ps(scale);
+  __m512 sum = _mm512_setzero_ps();
+  for (long j = 0; j < kTile; j += 16) {
+    const __m512 weight = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset));
+    sum = _mm512_add_ps(sum, weight);
+    _mm512_storeu_ps(scores + j, weight);
+    narrow(weights + j, weight);
+  }
+  const float shrunk = now == highest ? 1 : std::exp2((highest - now) * scale);
+  total = total * shrunk + _mm512_reduce_add_ps(sum);
+  highest = now;
+  return shrunk;
+}
+
+}  // namespace
+}  // namespace a3
+
+// Rows of several sequences, each over its own sequence's keys.
+//
+// query, output  bf16 [sequences][heads][rows][dim], by the strides of sequence, head and row;
+//                dim is a multiple of 16
+// keys, values   of each sequence, bf16 [kv_heads][n][dim], heads `stride[sequence]` apart
+// first, last    [sequences][rows]: a row sees the keys from first to before last, at least one
+// block          rows that a task takes, with all heads that share its keys
+// splits         parts that a task's keys are cut into, where there are few tasks
+extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf16* const* keys,
+                          const bf16* const* values, const long* stride, const int64_t* first,
+                          const int64_t* last, long sequences, long heads, long kv_heads, long rows,
+                          long dim, float scaling, long block, long splits, long threads,
+                          bf16* output, const long* output_strides) {
+  using namespace a3;
+  const long group = heads / kv_heads, blocks = (rows + block - 1) / block;
+  const long most = group * std::min(block, rows), wholes = sequences * kv_heads * blocks;
+  const long part = most * (dim + 2);  // sums, highest scores and totals of a part
+  const float scale = scaling * 1.44269504088896340736f;  // powers of 2 instead of e
+  std::unique_ptr<float[]> parts(new float[wholes * splits * part]);
+
+  struct Whole {
+    long sequence, head, row, count;
+  };
+  const auto whole_at = [&](long index) -> Whole {
+    // The last rows see most keys: they begin.
+    const long row = (blocks - 1 - index / kv_heads % blocks) * block;
+    return {index / kv_heads / blocks, index % kv_heads, row, std::min(block, rows - row)};
+  };
+  const auto offset = [&](const long* strides, const Whole& whole, long i) {
+    return whole.sequence * strides[0] + (whole.head * group + i / whole.count) * strides[1] +
+           (whole.row + i % whole.count) * strides[2];
+  };
+
+#pragma omp parallel num_threads(threads)
+  {
+    std::unique_ptr<bf16[]> packed_keys(new bf16[kTile * dim]), packed_values(new bf16[kTile * dim]);
+    std::unique_ptr<bf16[]> left(new bf16[most * dim]);
+    std::unique_ptr<int64_t[]> starts(new int64_t[most]), stops(new int64_t[most]);
+    alignas(64) float scores[kRows * kTile];
+    alignas(64) bf16 weights[kRows * kTile];
+
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < wholes * splits; ++task) {
+      const Whole whole = whole_at(task / splits);
+      const long n = group * whole.count, split = task % splits;
+      for (long i = 0; i < n; ++i) {
+        const long row = whole.sequence * rows + whole.row + i % whole.count;
+        starts[i] = first[row], stops[i] = last[row];
+        std::memcpy(left.get() + i * dim, query + offset(query_strides, whole, i),
+                    dim * sizeof(bf16));
+      }
+      float* const sums = parts.get() + task * part;
+      float *const highest = sums + most * dim, *const totals = highest + most;
+      std::fill_n(sums, n * dim, 0.f);
+      std::fill_n(highest, n, kHidden);
+      std::fill_n(totals, n, 0.f);
+
+      const int64_t begin = *std::min_element(starts.get(), starts.get() + n);
+      const int64_t end = *std::max_element(stops.get(), stops.get() + n);
+      const long tiles = (end - begin + kTile - 1) / kTile;
+      const bool few = n <= kRows;
+      for (long tile = split * tiles / splits; tile < (split + 1) * tiles / splits; ++tile) {
+        const int64_t from = begin + tile * kTile, here = std::min<int64_t>(kTile, end - from);
+        const bf16* const some_keys =
+            keys[whole.sequence] + whole.head * stride[whole.sequence] + from * dim;
+        const bf16* const some_values =
+            values[whole.sequence] + whole.head * stride[whole.sequence] + from * dim;
+        if (!few) {
+          pack_keys(some_keys, here, dim, packed_keys.get());
+          pack_values(some_values, here, dim, packed_values.get());
+        }
+        for (long i = 0; i < n; i += kRows) {
+          const int count = std::min<long>(kRows, n - i);
+          if (*std::max_element(stops.get() + i, stops.get() + i + count) <= from ||
+              *std::min_element(starts.get() + i, starts.get() + i + count) >= from + here)
+            continue;
+          std::fill_n(scores, count * kTile, 0.f);
+          if (few)
+            by_columns(count, dim, [&](const Loops& loops, long d) {
+              loops.score(left.get() + d, some_keys + d, here, dim, scores);
+            });
+          else
+            by_columns(count, kTile, [&](const Loops& loops, long key) {
+              loops.multiply(left.get() + i * dim, dim, packed_keys.get() + 2 * key, kTile, dim / 2,
+                             scores + key, kTile);
+            });
+          for (int r = 0; r < count; ++r) {
+            const int64_t seen = std::clamp<int64_t>(starts[i + r] - from, 0, here);
+            const int64_t unseen = std::clamp<int64_t>(stops[i + r] - from, 0, here);
+            float* const row = scores + r * kTile;
+            if (seen >= unseen) {
+              std::fill_n(row, kTile, 0.f);
+              std::fill_n(weights + r * kTile, kTile, 0);
+              continue;
+            }
+            const float shrunk = weigh(row, weights + r * kTile, seen, unseen, scale,
+                                       highest[i + r], totals[i + r]);
+            if (shrunk != 1)
+              for (long d = 0; d < dim; ++d) sums[(i + r) * dim + d] *= shrunk;
+          }
+          by_columns(count, dim, [&](const Loops& loops, long d) {
+            if (few)
+              loops.gather(scores, some_values + d, here, dim, sums + d);
+            else
+              loops.multiply(weights, kTile, packed_values.get() + 2 * d, dim, kTile / 2,
+                             sums + i * dim + d, dim);
+          });
+        }
+      }
+    }
+
+#pragma omp for schedule(static)
+    for (long index = 0; index < wholes; ++index) {
+      const Whole whole = whole_at(index);
+      const float* const sums = parts.get() + index * splits * part;
+      for (long i = 0; i < group * whole.count; ++i) {
+        const float *const highest = sums + most * dim + i, *const totals = highest + most;
+        float top = kHidden, total = 0;
+        for (long s = 0; s < splits; ++s) top = std::max(top, highest[s * part]);
+        for (long s = 0; s < splits; ++s)
+          total += totals[s * part] * std::exp2((highest[s * part] - top) * scale);
+        bf16* const to = output + offset(output_strides, whole, i);
+        for (long d = 0; d < dim; d += 16) {
+          __m512 sum = _mm512_setzero_ps();
+          for (long s = 0; s < splits; ++s) {
+            const float share = std::exp2((highest[s * part] - top) * scale) / total;
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + s * part + i * dim + d),
+                                  _mm512_set1_ps(share), sum);
+          }
+          narrow(to + d, sum);
+        }
+      }
+    }
+  }
+}

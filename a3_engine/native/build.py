@@ -1,0 +1,87 @@
+"""The C++ beside this file as a library, compiled once a machine.
+
+torch has no quick operation for a few loops: attention of one token over a long bf16 cache, of
+scattered rows, and turning keys while they are copied. On Linux, where the CPU multiplies bf16 by
+AVX512 and there is a `g++`, they are compiled on first use; anywhere else torch's operations do the
+same, more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "A3_NATIVE"  # set to 0, everything is left to torch
+SOURCES = ("attention.cpp", "placing.cpp")
+HEADERS = ("bf16.h",)
+FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
+    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+)
+TIMEOUT_S = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loops; None where they cannot be had, which is logged."""
+    if os.environ.get(SWITCH) == "0" or not _fits_machine():
+        return None
+    # Another compiler's OpenMP would bring threads of its own, beside torch's.
+    compiler = shutil.which("g++")
+    if compiler is None:
+        logger.info("There is no g++: attention is left to torch, which is slower on this CPU.")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        logger.warning("The native loops cannot be used, so attention is left to torch: %s", detail)
+        return None
+
+
+def _fits_machine() -> bool:
+    """Whether the loops were written for it. With AMX, torch's own products are another matter."""
+    on_linux = sys.platform == "linux"
+    amx = torch.cpu._is_amx_tile_supported()
+    return on_linux and torch.cpu._is_avx512_bf16_supported() and not amx
+
+
+def _compiled(compiler: str) -> Path:
+    here = Path(__file__).parent
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S
+    ).stdout
+    hasher = hashlib.sha256(f"{version} {FLAGS}".encode())
+    for name in SOURCES + HEADERS:
+        hasher.update((here / name).read_bytes())
+    folder = user_cache_path("a3") / "native"
+    path = folder / f"{hasher.hexdigest()[:24]}.so"
+    if path.exists() and path.stat().st_uid == os.getuid():
+        return path
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    logger.info("Compiling the native loops into %s, once.", folder)
+    # Whoever comes first wins; others replace it by the same.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / path.name
+        subprocess.run(
+            [compiler, *FLAGS, "-o", str(made), *(str(here / name) for name in SOURCES)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        made.replace(path)
+    return path
