@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from a3_engine.fusion.selectors.base import Window
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -114,7 +116,12 @@ class Work:
         )
 
 
-def work(shape: Shape, rows: Sequence[torch.Tensor], element_bytes: int) -> Work:
+def work(
+    shape: Shape,
+    rows: Sequence[torch.Tensor],
+    element_bytes: int,
+    near: tuple[Window, int] | None = None,
+) -> Work:
     """What a pass over these rows needs, behind keys and values that are there already.
 
     Parameters
@@ -124,13 +131,22 @@ def work(shape: Shape, rows: Sequence[torch.Tensor], element_bytes: int) -> Work
         prompt's in all layers are a full prefill.
     element_bytes : int
         Of a weight, key or value.
+    near : (Window, int) or None
+        What rows ahead of a position attend to where it is not everything: the rows of the first
+        layer, and what is near.
     """
     attended = seen = 0.0
-    for window, positions in zip(shape.windows or (0,) * shape.layers, rows, strict=True):
+    windows = shape.windows or (0,) * shape.layers
+    for layer, (window, positions) in enumerate(zip(windows, rows, strict=True)):
         reach = window or float("inf")
         at = positions.to(torch.float64)
         steps = torch.diff(at, prepend=at.new_tensor([-1.0]))
-        attended += float((at + 1).clamp(max=reach).sum())
+        keys = (at + 1).clamp(max=reach)
+        if near is not None and not window and layer >= near[0].from_layer:
+            own = keys.clamp(max=near[0].tokens)
+            shared = torch.searchsorted(rows[0].to(torch.float64), at + 1 - own)
+            keys = torch.where(positions < near[1], own + shared, keys)
+        attended += float(keys.sum())
         seen += float(steps.clamp(max=reach).sum())  # keys that any row attends to
     n_rows, token = sum(len(positions) for positions in rows), shape.kv_elements * element_bytes
     logits = shape.hidden * shape.vocabulary

@@ -218,7 +218,9 @@ def simulate(
         scoring = replace(work(lower, [fresh] * lower.layers, BF16), logits=Part(0.0, 0.0))
         select = seconds(scoring, how.row_attention, lower.layers)
         compute = how.repair_passes * raw / memory
-    compute += seconds(work(shape, rows, BF16), how.row_attention, shape.layers)
+    window = Mend().window(shape.layers, context) if 0 < ratio < 1 else None
+    near = window and (window, context)
+    compute += seconds(work(shape, rows, BF16, near), how.row_attention, shape.layers)
     everything = [torch.arange(n_tokens)] * shape.layers
     return Times(
         prefill=seconds(work(shape, everything, BF16), how.dense_attention, shape.layers),

@@ -31,7 +31,7 @@ from a3_engine.fusion.selectors.base import (
 )
 from a3_engine.model.attention import project
 from a3_engine.model.caching import cache_in, with_cache
-from a3_engine.model.rows import Observer, Rows
+from a3_engine.model.rows import Near, Observer, Rows
 
 
 class Abandoned(Exception):
@@ -103,7 +103,8 @@ class FusionPass:
         )
         self.rows = self._everything
         self._given = self._everything  # the positions of what the forward was called with
-        self._mask: Rows | None = None
+        self._masks: dict[bool, Rows] = {}  # of the current rows, by whether they see what is near
+        self._near: tuple[int, Near] | None = None  # and from which layer on
         self._started = time.perf_counter()
         cache.fusion = self
 
@@ -132,19 +133,27 @@ class FusionPass:
             self.narrowing = Narrowing(
                 stages, self._sliding, self.layout, self.selected, self.selector.pool
             )
+            window = self.selector.window(len(self._sliding), len(self.layout.chunk_positions))
+            if window is not None:
+                shared = self.layout.with_chunk_tokens(self.selected)
+                near = Near(shared, window.tokens, self.layout.chunks[-1].stop)
+                self._near = window.from_layer, near
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
 
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
         """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
-        before = self.rows, self.selected, self.narrowing, self._correct, self.observer
+        before = self.rows, self.selected, self.narrowing, self._near, self._correct, self.observer
         self.rows, self.selected = self.layout.fresh, torch.empty(0, dtype=torch.long)
-        self.narrowing, self._correct, self.observer = None, None, observer
+        self.narrowing = self._near = self._correct = None
+        self.observer = observer
         try:
             yield
         finally:
-            self.rows, self.selected, self.narrowing, self._correct, self.observer = before
+            self.rows, self.selected, self.narrowing, self._near, self._correct, self.observer = (
+                before
+            )
 
     def before_layer(
         self,
@@ -172,7 +181,7 @@ class FusionPass:
             self.rows = torch.unique(torch.cat([left, self.layout.fresh]))
             among = torch.searchsorted(before, self.rows)
             args, kwargs = _sliced(args, kwargs, among, len(before))
-        cached, mask = cache.layers[index], self._shared_mask(cache.positions)
+        cached, mask = cache.layers[index], self._shared_mask(index, cache.positions)
         cached.rows = mask.keys_before(self.rows)
         cached.before_write = (
             partial(self._correct, index, cached, self.rows)
@@ -188,11 +197,16 @@ class FusionPass:
             args, kwargs = _sliced(args, kwargs, torch.tensor([-1]), len(self.rows))
         return args, {**kwargs, "attention_mask": mask}
 
-    def _shared_mask(self, key_positions: torch.Tensor | None) -> Rows:
-        """The current rows as a mask, made once for all layers that compute them."""
-        if self._mask is None or self._mask.positions is not self.rows:
-            self._mask = Rows(self.rows, key_positions, self._observe)
-        return self._mask
+    def _shared_mask(self, index: int, key_positions: torch.Tensor | None) -> Rows:
+        """The current rows as a mask, made once for all layers where they see the same."""
+        if any(mask.positions is not self.rows for mask in self._masks.values()):
+            self._masks.clear()
+        first, near = self._near or (0, None)
+        if self._sliding[index] or index < first:
+            near = None
+        if (near is not None) not in self._masks:
+            self._masks[near is not None] = Rows(self.rows, key_positions, self._observe, near)
+        return self._masks[near is not None]
 
     def _observe(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float

@@ -110,7 +110,9 @@ def attend_rows(
         rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
     keys, values = list(key[:, None]), list(value[:, None])
     if softcap is None and native.attends(query, keys, values):
-        return native.attend(query, keys, values, *rows.seen(sliding_window), scaling)
+        first, last = rows.seen(sliding_window)
+        shared = rows.near.shared if rows.near is not None else None
+        return native.attend(query, keys, values, first, last, scaling, shared)
     attend = _attention_for(query, rows.scratch, softcap)
     output = torch.empty_like(query)
     for block in rows.blocks(sliding_window, query):

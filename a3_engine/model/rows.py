@@ -11,6 +11,7 @@ import torch
 # A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
 # small one in its caches. An accelerator wants large ones.
 CPU_BLOCK_ROWS, BLOCK_ROWS = 128, 1024
+NEAR_BLOCK_ROWS = 128  # rows that see only what is near touch fewer keys the closer they stand
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
 
@@ -18,13 +19,33 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
 class Block(NamedTuple):
     """Rows that are attended together.
 
-    ``keys`` are those that any of them may see. ``mask``, of shape ``(rows, m)``, is added to the
-    scores of the last ``m`` of these keys: minus infinity where a row does not see one, else 0.
+    ``keys`` are those that any of them may see, a slice or sorted indices. ``mask``, of shape
+    ``(rows, m)``, is added to the scores of the last ``m`` of these keys: minus infinity where a
+    row does not see one, else 0.
     """
 
     rows: slice
-    keys: slice
+    keys: slice | torch.Tensor
     mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Near:
+    """Lets rows see less than all keys before them.
+
+    Parameters
+    ----------
+    shared : torch.Tensor
+        Sorted positions of the keys that every row sees, as far as they stand before it.
+    window : int
+        The row's own position and those just before it, which it sees too.
+    until : int
+        Rows from this position on see everything.
+    """
+
+    shared: torch.Tensor
+    window: int
+    until: int
 
 
 class Scratch:
@@ -60,11 +81,15 @@ class Rows:
         Sorted positions of the keys, on the CPU; None where key ``j`` stands at position ``j``.
     observer : callable or None
         Called with ``(layer's index, query, key, rows, scaling)`` before the attention is computed.
+    near : Near or None
+        What the rows see where it is not everything; for key ``j`` at position ``j``, and for
+        layers without a sliding window.
     """
 
     positions: torch.Tensor
     key_positions: torch.Tensor | None = None
     observer: Observer | None = None
+    near: Near | None = None
     _plans: dict[tuple[int | None, torch.device, torch.dtype], list[Block]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -77,11 +102,19 @@ class Rows:
         return torch.searchsorted(self.key_positions, positions)
 
     def seen(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each row the first key that it sees, and the first behind those; ``(1, rows)``."""
+        """For each row the first key that it sees, and the first behind those; ``(1, rows)``.
+
+        Beside these, it sees those that are `Near.shared`.
+        """
         stops = self.keys_before(self.positions + 1)
-        if window is None:
-            return torch.zeros_like(stops)[None], stops[None]
-        return self.keys_before(self.positions - window + 1)[None], stops[None]
+        if self.near is not None:
+            starts = (self.positions - self.near.window + 1).clamp(min=0)
+            starts[self.positions >= self.near.until] = 0
+        elif window is None:
+            starts = torch.zeros_like(stops)
+        else:
+            starts = self.keys_before(self.positions - window + 1)
+        return starts[None], stops[None]
 
     def blocks(self, window: int | None, query: torch.Tensor) -> list[Block]:
         """The rows in blocks, for layers with this sliding window and such queries."""
@@ -95,13 +128,37 @@ class Rows:
         size = CPU_BLOCK_ROWS if device.type == "cpu" else BLOCK_ROWS
         (starts,), (stops,) = self.seen(window)
         blocks = []
-        for at in range(0, n_rows, size):
+        n_near = 0
+        if self.near is not None:
+            n_near = int(torch.searchsorted(self.positions, self.near.until))
+            for at in range(0, n_near, NEAR_BLOCK_ROWS):
+                rows = slice(at, min(at + NEAR_BLOCK_ROWS, n_near))
+                blocks.append(self._near_block(rows, starts, stops, device, dtype))
+        for at in range(n_near, n_rows, size):
             rows = slice(at, min(at + size, n_rows))
             first = int(starts[at])
             last = int(stops[rows.stop - 1])
             # Without a window, keys up to the block's first row are visible to all its rows.
             where = torch.arange(first if window else int(stops[at]) - 1, last)
             hidden = (where >= stops[rows, None]) | (where < starts[rows, None])
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            blocks.append(Block(rows, slice(first, last), mask.to(device)))
+            blocks.append(Block(rows, slice(first, last), _mask(hidden, device, dtype)))
         return blocks
+
+    def _near_block(
+        self,
+        rows: slice,
+        starts: torch.Tensor,
+        stops: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Block:
+        assert self.near is not None
+        first, shared = int(starts[rows.start]), self.near.shared
+        where = torch.cat([shared[shared < first], torch.arange(first, int(stops[rows.stop - 1]))])
+        far = (where < starts[rows, None]) & ~torch.isin(where, shared)
+        hidden = (where >= stops[rows, None]) | far
+        return Block(rows, where.to(device), _mask(hidden, device, dtype))
+
+
+def _mask(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)

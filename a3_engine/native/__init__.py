@@ -48,6 +48,7 @@ def attend(
     first: torch.Tensor,
     last: torch.Tensor,
     scaling: float,
+    shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the rows of several sequences, each over its own sequence's keys.
 
@@ -62,6 +63,8 @@ def attend(
         ``last``, at least one.
     scaling : float
         Of the scores.
+    shared : torch.Tensor or None
+        Sorted int64 indices of keys that every row sees too, where they stand before its ``first``.
 
     Returns
     -------
@@ -72,6 +75,13 @@ def attend(
     kv_heads = keys[0].shape[1]
     output = query.new_empty(sequences, rows, heads, head_dim)
     first, last = (at.expand(sequences, rows).contiguous() for at in (first, last))
+    counts = first
+    if shared is not None:
+        counts = torch.searchsorted(shared, first)
+    shared_keys, shared_values = (
+        [one.index_select(2, shared) for one in states] if shared is not None else []
+        for states in (keys, values)
+    )
     threads = torch.get_num_threads()
     tasks = sequences * kv_heads * -(-rows // BLOCK_ROWS)
     most = max(1, max(key.shape[2] for key in keys) // LEAST_KEYS)
@@ -85,6 +95,10 @@ def attend(
         _longs([key.stride(1) for key in keys]),
         first,
         last,
+        _pointers(shared_keys),
+        _pointers(shared_values),
+        counts,
+        0 if shared is None else len(shared),
         *(sequences, heads, kv_heads, rows, head_dim),
         ctypes.c_float(scaling),
         *(BLOCK_ROWS, splits, threads),

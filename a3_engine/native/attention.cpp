@@ -201,11 +201,15 @@ float weigh(float* scores, bf16* weights, long first, long last, float scale, fl
 //                dim is a multiple of 16
 // keys, values   of each sequence, bf16 [kv_heads][n][dim], heads `stride[sequence]` apart
 // first, last    [sequences][rows]: a row sees the keys from first to before last, at least one
+// shared_...     where n_shared > 0, keys and values [kv_heads][n_shared][dim] of each sequence,
+//                gathered; of these a row sees the first counts[sequence][row] too
 // block          rows that a task takes, with all heads that share its keys
 // splits         parts that a task's keys are cut into, where there are few tasks
 extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf16* const* keys,
                           const bf16* const* values, const long* stride, const int64_t* first,
-                          const int64_t* last, long sequences, long heads, long kv_heads, long rows,
+                          const int64_t* last, const bf16* const* shared_keys,
+                          const bf16* const* shared_values, const int64_t* counts, long n_shared,
+                          long sequences, long heads, long kv_heads, long rows,
                           long dim, float scaling, long block, long splits, long threads,
                           bf16* output, const long* output_strides) {
   using namespace a3;
@@ -252,57 +256,70 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
       std::fill_n(highest, n, kHidden);
       std::fill_n(totals, n, 0.f);
 
-      const int64_t begin = *std::min_element(starts.get(), starts.get() + n);
-      const int64_t end = *std::max_element(stops.get(), stops.get() + n);
-      const long tiles = (end - begin + kTile - 1) / kTile;
       const bool few = n <= kRows;
-      for (long tile = split * tiles / splits; tile < (split + 1) * tiles / splits; ++tile) {
-        const int64_t from = begin + tile * kTile, here = std::min<int64_t>(kTile, end - from);
-        const bf16* const some_keys =
-            keys[whole.sequence] + whole.head * stride[whole.sequence] + from * dim;
-        const bf16* const some_values =
-            values[whole.sequence] + whole.head * stride[whole.sequence] + from * dim;
-        if (!few) {
-          pack_keys(some_keys, here, dim, packed_keys.get());
-          pack_values(some_values, here, dim, packed_values.get());
-        }
-        for (long i = 0; i < n; i += kRows) {
-          const int count = std::min<long>(kRows, n - i);
-          if (*std::max_element(stops.get() + i, stops.get() + i + count) <= from ||
-              *std::min_element(starts.get() + i, starts.get() + i + count) >= from + here)
-            continue;
-          std::fill_n(scores, count * kTile, 0.f);
-          if (few)
-            by_columns(count, dim, [&](const Loops& loops, long d) {
-              loops.score(left.get() + d, some_keys + d, here, dim, scores);
-            });
-          else
-            by_columns(count, kTile, [&](const Loops& loops, long key) {
-              loops.multiply(left.get() + i * dim, dim, packed_keys.get() + 2 * key, kTile, dim / 2,
-                             scores + key, kTile);
-            });
-          for (int r = 0; r < count; ++r) {
-            const int64_t seen = std::clamp<int64_t>(starts[i + r] - from, 0, here);
-            const int64_t unseen = std::clamp<int64_t>(stops[i + r] - from, 0, here);
-            float* const row = scores + r * kTile;
-            if (seen >= unseen) {
-              std::fill_n(row, kTile, 0.f);
-              std::fill_n(weights + r * kTile, kTile, 0);
+      // Row i sees the keys from starts[i] to before stops[i] of this head's.
+      const auto attend = [&](const bf16* head_keys, const bf16* head_values) {
+        const int64_t begin = *std::min_element(starts.get(), starts.get() + n);
+        const int64_t end = *std::max_element(stops.get(), stops.get() + n);
+        const long tiles = (end - begin + kTile - 1) / kTile;
+        for (long tile = split * tiles / splits; tile < (split + 1) * tiles / splits; ++tile) {
+          const int64_t from = begin + tile * kTile, here = std::min<int64_t>(kTile, end - from);
+          const bf16 *const some_keys = head_keys + from * dim,
+                     *const some_values = head_values + from * dim;
+          bool packed = false;
+          for (long i = 0; i < n; i += kRows) {
+            const int count = std::min<long>(kRows, n - i);
+            if (*std::max_element(stops.get() + i, stops.get() + i + count) <= from ||
+                *std::min_element(starts.get() + i, starts.get() + i + count) >= from + here)
               continue;
+            if (!few && !packed) {
+              pack_keys(some_keys, here, dim, packed_keys.get());
+              pack_values(some_values, here, dim, packed_values.get());
+              packed = true;
             }
-            const float shrunk = weigh(row, weights + r * kTile, seen, unseen, scale,
-                                       highest[i + r], totals[i + r]);
-            if (shrunk != 1)
-              for (long d = 0; d < dim; ++d) sums[(i + r) * dim + d] *= shrunk;
-          }
-          by_columns(count, dim, [&](const Loops& loops, long d) {
+            std::fill_n(scores, count * kTile, 0.f);
             if (few)
-              loops.gather(scores, some_values + d, here, dim, sums + d);
+              by_columns(count, dim, [&](const Loops& loops, long d) {
+                loops.score(left.get() + d, some_keys + d, here, dim, scores);
+              });
             else
-              loops.multiply(weights, kTile, packed_values.get() + 2 * d, dim, kTile / 2,
-                             sums + i * dim + d, dim);
-          });
+              by_columns(count, kTile, [&](const Loops& loops, long key) {
+                loops.multiply(left.get() + i * dim, dim, packed_keys.get() + 2 * key, kTile,
+                               dim / 2, scores + key, kTile);
+              });
+            for (int r = 0; r < count; ++r) {
+              const int64_t seen = std::clamp<int64_t>(starts[i + r] - from, 0, here);
+              const int64_t unseen = std::clamp<int64_t>(stops[i + r] - from, 0, here);
+              float* const row = scores + r * kTile;
+              if (seen >= unseen) {
+                std::fill_n(row, kTile, 0.f);
+                std::fill_n(weights + r * kTile, kTile, 0);
+                continue;
+              }
+              const float shrunk = weigh(row, weights + r * kTile, seen, unseen, scale,
+                                         highest[i + r], totals[i + r]);
+              if (shrunk != 1)
+                for (long d = 0; d < dim; ++d) sums[(i + r) * dim + d] *= shrunk;
+            }
+            by_columns(count, dim, [&](const Loops& loops, long d) {
+              if (few)
+                loops.gather(scores, some_values + d, here, dim, sums + d);
+              else
+                loops.multiply(weights, kTile, packed_values.get() + 2 * d, dim, kTile / 2,
+                               sums + i * dim + d, dim);
+            });
+          }
         }
+      };
+      const long own = whole.head * stride[whole.sequence];
+      attend(keys[whole.sequence] + own, values[whole.sequence] + own);
+      if (n_shared > 0) {
+        const long gathered = whole.head * n_shared * dim;
+        for (long i = 0; i < n; ++i) {
+          starts[i] = 0;
+          stops[i] = counts[whole.sequence * rows + whole.row + i % whole.count];
+        }
+        attend(shared_keys[whole.sequence] + gathered, shared_values[whole.sequence] + gathered);
       }
     }
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
+from a3_engine.fusion.selectors.base import Window
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.model.attention import has_window
 from a3_engine.model.caching import with_cache
@@ -107,6 +108,17 @@ def test_windows_bound_what_a_row_attends_to():
     read = sum(int(mask.any(0).sum()) for mask in masks)
     written = shape.layers * len(rows)
     assert needed.attention.nbytes == FP32 * shape.kv_elements * (read + written)
+
+
+def test_rows_that_see_what_is_near_are_counted_key_by_key():
+    shape = Shape.of(CONFIGS["llama"])
+    rows, until, tokens = torch.tensor([0, 3, 11, 12, 13, 40, 45, 46]), 45, 4
+    keys, at = torch.arange(47), rows[:, None]
+    causal = keys <= at
+    near = causal & (torch.isin(keys, rows) | (keys > at - tokens) | (at >= until))
+    needed = work(shape, [rows] * shape.layers, FP32, (Window(1, tokens), until))
+    attended = int(causal.sum()) + (shape.layers - 1) * int(near.sum())
+    assert needed.attention.flops == 4 * shape.head_dim * shape.heads * attended
 
 
 def test_the_limit_is_reached_by_the_slower_of_computing_and_moving():

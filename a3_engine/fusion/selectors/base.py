@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -120,6 +120,14 @@ class LayerSelector(Selector):
         """
 
 
+class Window(NamedTuple):
+    """From a layer on, computed tokens ahead of the last chunk's end attend to each other and to so
+    many tokens just before them, in layers without a sliding window of their own."""
+
+    from_layer: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class QuestionSelector(Selector):
     """Selects by the question's attention to the loaded keys, before the pass begins.
@@ -142,6 +150,10 @@ class QuestionSelector(Selector):
         In ascending order from 1 on, the shares falling; see :mod:`a3_engine.fusion.narrowing`.
         """
         return {}
+
+    def window(self, n_layers: int, n_chunk_tokens: int) -> Window | None:
+        """Where the picked tokens attend to less than everything; None where nowhere."""
+        return None
 
     @abstractmethod
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,12 @@ import torch
 from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.drift import DriftRepair
 from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import QuestionSelector, top_candidates
+from a3_engine.fusion.selectors.base import QuestionSelector, Window, top_candidates
 
 # Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
+WINDOW = 64  # tokens
+LEAST_SHARE = 1 / 3  # of the layers; what happens in these, all others see
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Mend(QuestionSelector):
     narrow : tuple of (float, float)
         From a share of the depth on, the share of the picked tokens that is still computed; see
         :mod:`a3_engine.fusion.narrowing`.
+    long_tokens : int
+        Up to so many chunk tokens, the computed ones attend to everything before them in all
+        layers. Beyond, only in so many of the lower layers that it costs no more than that, though
+        in a third of them at least; above, to each other and to the 64 tokens just before them.
     """
 
     name: ClassVar[str] = "mend"
@@ -44,6 +50,7 @@ class Mend(QuestionSelector):
     repair: DriftRepair | None = field(default_factory=DriftRepair)
     depth: float = 1 / 3
     narrow: tuple[tuple[float, float], ...] = ((0.5, 0.7), (0.6, 0.45), (0.8, 0.15))
+    long_tokens: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,12 +67,21 @@ class Mend(QuestionSelector):
                 "narrow takes pairs of a depth between 0 and 1, each below the next, and a share "
                 f"from 0 to 1, none above the one before, not {self.narrow}."
             )
+        if self.long_tokens < 0:
+            raise ValueError(f"long_tokens counts tokens, so not {self.long_tokens}.")
 
     def layers(self, n_layers: int) -> range:
         return range(math.ceil(n_layers * self.depth))
 
     def stages(self, n_layers: int) -> dict[int, float]:
         return {math.ceil(n_layers * at): share for at, share in self.narrow}
+
+    def window(self, n_layers: int, n_chunk_tokens: int) -> Window | None:
+        if n_chunk_tokens <= self.long_tokens:
+            return None
+        # Scores of rows over keys grow with the square of the tokens.
+        share = max((self.long_tokens / n_chunk_tokens) ** 2, LEAST_SHARE)
+        return Window(math.ceil(n_layers * share), WINDOW)
 
     def scores(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         """How much each token counts, ``(tokens,)``; the attention is that of :meth:`select`."""

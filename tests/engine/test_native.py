@@ -1,0 +1,139 @@
+"""The native loops against the same in fp64, and their absence."""
+
+import logging
+
+import pytest
+import torch
+
+from a3_engine import native
+from a3_engine.chunks.kv import ChunkKV
+from a3_engine.model.rotary import rotate_
+from a3_engine.native import build
+
+needs_loops = pytest.mark.skipif(native.library() is None, reason="this machine has no such loops")
+ROUNDING = 0.004  # of bf16
+
+
+def reference(query, key, value, sees, scaling):
+    """Attention in fp64; ``sees`` is ``(rows, keys)``."""
+    group = query.shape[0] // key.shape[0]
+    key, value = (states.double().repeat_interleave(group, 0) for states in (key, value))
+    scores = (query.double() @ key.transpose(1, 2) * scaling).masked_fill(~sees, float("-inf"))
+    return scores.softmax(-1) @ value
+
+
+def buffer(kv_heads, tokens, head_dim, spare):
+    """Keys or values in a cache with room, as a view."""
+    return torch.randn(1, kv_heads, tokens + spare, head_dim).bfloat16()[:, :, :tokens]
+
+
+@needs_loops
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows", "head_dim", "tokens"),
+    [(9, 3, 130, 64, 1100), (8, 2, 3, 128, 700), (4, 4, 33, 80, 300), (4, 1, 1, 96, 130)],
+)
+def test_rows_see_what_they_may(heads, kv_heads, rows, head_dim, tokens, window):
+    torch.manual_seed(0)
+    query = torch.randn(2, rows, heads, head_dim).bfloat16().transpose(1, 2)
+    keys, values = ([buffer(kv_heads, tokens, head_dim, spare) for spare in (0, 7)] for _ in "kv")
+    at = torch.randperm(tokens)[:rows].sort().values
+    last = at + 1
+    first = (last - window).clamp(min=0) if window else torch.zeros_like(last)
+    assert native.attends(query, keys, values)
+    output = native.attend(query, keys, values, first[None], last[None], 0.2)
+    where = torch.arange(tokens)
+    sees = (where < last[:, None]) & (where >= first[:, None])
+    for place in range(2):
+        expected = reference(query[place], keys[place][0], values[place][0], sees, 0.2)
+        got = output[place].transpose(0, 1).double()
+        assert (got - expected).norm() <= ROUNDING * expected.norm()
+
+
+@needs_loops
+def test_shared_keys_are_seen_beside_the_own_ones():
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, 90, 64).bfloat16()
+    key, value = (buffer(2, 900, 64, 5) for _ in "kv")
+    last = torch.randperm(900)[:90].sort().values + 1
+    first = (last - 50).clamp(min=0)
+    shared = torch.randperm(900)[:200].sort().values
+    output = native.attend(query, [key], [value], first[None], last[None], 0.125, shared)
+    where = torch.arange(900)
+    sees = (where < last[:, None]) & ((where >= first[:, None]) | torch.isin(where, shared))
+    expected = reference(query[0], key[0], value[0], sees, 0.125)
+    got = output[0].transpose(0, 1).double()
+    assert (got - expected).norm() <= ROUNDING * expected.norm()
+
+
+@needs_loops
+def test_large_scores_do_not_overflow():
+    """The highest comes last, so that all sums before it are scaled down."""
+    query = torch.full((1, 1, 1, 16), 8.0).bfloat16()
+    key = torch.linspace(-8, 8, 400)[None, None, :, None].expand(1, 1, 400, 16).bfloat16()
+    value = torch.arange(400.0)[None, None, :, None].expand(1, 1, 400, 16).bfloat16()
+    whole = torch.tensor([[0]]), torch.tensor([[400]])
+    output = native.attend(query, [key.contiguous()], [value.contiguous()], *whole, 10.0)
+    assert torch.equal(output, value[:, :, -1:].transpose(1, 2))
+
+
+@needs_loops
+@pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (40, 20), (64, 8)])
+def test_chunks_are_placed_as_by_torch(head_dim, half):
+    torch.manual_seed(0)
+    kv = ChunkKV(*(torch.randn(2, 3, 50, head_dim).bfloat16() for _ in "kv"))
+    cache = [tuple(torch.zeros(3, 90, head_dim).bfloat16() for _ in "kv") for _ in range(2)]
+    angles = [torch.rand(90, half) * 6 for _ in range(2)]
+    tables = [(angle.cos(), angle.sin()) for angle in angles]
+    assert native.places([kv], cache)
+    native.place(kv, 30, cache, tables)
+    for layer, (keys, values) in enumerate(cache):
+        moved = kv.keys[layer].clone()
+        rotate_(moved, *(table[30:80] for table in tables[layer]))
+        # fp32 products may be fused: a sum may round to the neighbour.
+        torch.testing.assert_close(keys[:, 30:80], moved, rtol=2**-7, atol=1e-3)
+        assert torch.equal(values[:, 30:80], kv.values[layer])
+        for states in (keys, values):
+            assert not states[:, :30].any()
+            assert not states[:, 80:].any()
+
+
+def test_other_states_are_left_to_torch():
+    key = torch.randn(1, 2, 10, 16)
+    assert not native.attends(key, [key], [key])
+    apart = torch.randn(1, 10, 2, 16).bfloat16().transpose(1, 2)  # heads' tokens not side by side
+    assert not native.attends(apart, [apart], [apart])
+    odd = torch.randn(1, 2, 10, 24).bfloat16()
+    assert not native.attends(odd, [odd], [odd])
+
+
+def test_it_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert build.library.__wrapped__() is None
+
+
+@pytest.mark.parametrize("compiler", ["none", "broken"])
+def test_without_a_working_compiler_torch_computes(compiler, tmp_path, monkeypatch, caplog):
+    if compiler == "broken":
+        (tmp_path / "g++").write_text("#!/bin/sh\necho no such option >&2; exit 1\n")
+        (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "_fits_machine", lambda: True)
+    with caplog.at_level(logging.INFO):
+        assert build.library.__wrapped__() is None
+    assert "torch" in caplog.text
+
+
+@needs_loops
+def test_a_library_of_another_user_is_not_loaded(tmp_path, monkeypatch):
+    """Nor one that was compiled from other sources."""
+    monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
+    path = build._compiled("g++")
+    made = path.stat().st_ino
+    assert build._compiled("g++") == path
+    assert path.stat().st_ino == made
+    assert path.parent.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(build.os, "getuid", lambda: 12345)
+    assert build._compiled("g++").stat().st_ino != made
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    assert build._compiled("g++") != path
