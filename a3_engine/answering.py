@@ -224,7 +224,8 @@ def answer(
         if fusion.selected is not None:
             left = fusion.narrowing.left if fusion.narrowing else {}
             narrowed = {layer: tuple(at.tolist()) for layer, at in left.items()}
-            report.trace = Trace(prompt, tuple(fusion.selected.tolist()), narrowed)
+            selected = tuple(fusion.selected.tolist())
+            report.trace = Trace(prompt, selected, narrowed, fusion.near)
     report.recomputed_tokens = len(report.trace.recomputed)
     runtime.reports.append(report)
     return report

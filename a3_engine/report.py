@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from a3_engine.decoding.logprobs import TokenLogprob
+from a3_engine.model.rows import Near
 from a3_engine.segments import Prompt
 
 
@@ -30,12 +31,14 @@ class Trace:
     """The prompt of a request, and what of its chunks was recomputed.
 
     ``recomputed`` are sorted positions; ``narrowed`` says from which layer on which of them were
-    still computed, where a method narrows them.
+    still computed, where a method narrows them. ``near`` says from which layer on they saw less
+    than everything before them, and what.
     """
 
     prompt: Prompt
     recomputed: tuple[int, ...]
     narrowed: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    near: tuple[int, Near] | None = field(default=None, hash=False, compare=False)
 
     def recomputed_by_layer(self, n_layers: int) -> list[tuple[int, ...]]:
         """The recomputed positions of each layer."""

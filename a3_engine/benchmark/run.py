@@ -23,7 +23,7 @@ from a3_engine.benchmark.rates import (
 from a3_engine.benchmark.requests import PARTS, Timed, spread, take_turns
 from a3_engine.benchmark.roofline import Shape, work
 from a3_engine.engine import A3Engine
-from a3_engine.fusion.selectors.base import QuestionSelector, SparseSelector
+from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.method import Method
 
 Row = dict[str, Any]
@@ -143,17 +143,14 @@ def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: R
     assert report.trace is not None
     n_tokens = report.prompt_tokens
     shape = Shape.of(model.config)
-    rows, near = [torch.arange(n_tokens)] * shape.layers, None
+    rows = [torch.arange(n_tokens)] * shape.layers
     if method.selector.ratio < 1.0:
-        layout = report.trace.prompt.layout(engine.runtime.planner.prefix_ids)
-        if isinstance(method.selector, QuestionSelector) and layout.chunks:
-            window = method.selector.window(shape.layers, len(layout.chunk_positions))
-            near = window and (window, layout.chunks[-1].stop)
+        fresh = report.trace.prompt.layout(engine.runtime.planner.prefix_ids).fresh
         rows = [
-            torch.unique(torch.cat([torch.tensor(recomputed, dtype=torch.long), layout.fresh]))
+            torch.unique(torch.cat([torch.tensor(recomputed, dtype=torch.long), fresh]))
             for recomputed in report.trace.recomputed_by_layer(shape.layers)
         ]
-    needed = work(shape, rows, model.dtype.itemsize, near)
+    needed = work(shape, rows, model.dtype.itemsize, report.trace.near)
     n_rows = len(rows[0])
     linear, attention = linear_rate(model, n_rows), attention_rate(model, n_rows, n_tokens)
     limit = needed.seconds(rates.matmul, rates.copy)

@@ -52,7 +52,7 @@ class AttentionSums:
         scores.view(heads, n_question, n_tokens)[..., self._first :].masked_fill_(
             self._after.to(scores.device), float("-inf")
         )
-        weights = torch.softmax(scores, dim=-1).view(heads, n_question * n_tokens)
+        weights = torch.softmax(scores, dim=-1, out=scores).view(heads, n_question * n_tokens)
         # A product adds up in fp32 without a copy of the weights in fp32, as `mean` would make.
         share = weights.new_full((1, heads), 1 / heads)
         by_token = (share @ weights).view(n_question, n_tokens).float()

@@ -109,7 +109,7 @@ class Drift:
         everyone = _flat(values)
         lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True).clamp(min=1e-12)
         alike = (everyone @ probes.T).div_(lengths * self._repair.temperature)
-        weights = torch.softmax(alike, dim=-1).mul_(share[:, None])
+        weights = torch.softmax(alike, dim=-1, out=alike).mul_(share[:, None])
         for of_head, moves in zip(values, value_moves, strict=True):
             of_head.addmm_(weights, moves)
         flat_shift = weights @ _flat(key_moves).to(dtype)

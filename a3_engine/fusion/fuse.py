@@ -65,6 +65,9 @@ class FusionPass:
         They may become fewer from layer to layer.
     narrowing : Narrowing or None
         What makes them fewer, once the selection is known.
+    near : (int, Near) or None
+        From which layer on the rows see less than everything, and what; not in layers with a
+        sliding window of their own.
     lookahead : torch.Tensor or None
         Queries of a drafted answer at the selecting layer, ``(1, heads, drafted, head_dim)``.
     last_only : bool
@@ -96,6 +99,7 @@ class FusionPass:
         self._correct = correct
         self.selected: torch.Tensor | None = None
         self.narrowing: Narrowing | None = None
+        self.near: tuple[int, Near] | None = None
         self.last_only = False
         self.selected_at = self.select_seconds = 0.0
         self._everything = (
@@ -103,8 +107,7 @@ class FusionPass:
         )
         self.rows = self._everything
         self._given = self._everything  # the positions of what the forward was called with
-        self._masks: dict[bool, Rows] = {}  # of the current rows, by whether they see what is near
-        self._near: tuple[int, Near] | None = None  # and from which layer on
+        self._masks: dict[bool, Rows] = {}  # of the current rows, by whether they see less than all
         self._started = time.perf_counter()
         cache.fusion = self
 
@@ -120,8 +123,12 @@ class FusionPass:
         elif isinstance(selector, BoundarySelector):
             self.take(selector.select(layout))
 
-    def take(self, selected: torch.Tensor) -> None:
-        """Recompute these chunk tokens, given in any order."""
+    def take(self, selected: torch.Tensor, near: tuple[int, Near] | None = None) -> None:
+        """Recompute these chunk tokens, given in any order.
+
+        From a layer on they may see less than everything before them.
+        """
+        self.near = near
         self.selected = torch.unique(selected.cpu())
         self.rows = (
             self._everything[self.layout.reused :]
@@ -133,25 +140,20 @@ class FusionPass:
             self.narrowing = Narrowing(
                 stages, self._sliding, self.layout, self.selected, self.selector.pool
             )
-            window = self.selector.window(len(self._sliding), len(self.layout.chunk_positions))
-            if window is not None:
-                shared = self.layout.with_chunk_tokens(self.selected)
-                near = Near(shared, window.tokens, self.layout.chunks[-1].stop)
-                self._near = window.from_layer, near
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
 
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
         """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
-        before = self.rows, self.selected, self.narrowing, self._near, self._correct, self.observer
+        before = self.rows, self.selected, self.narrowing, self.near, self._correct, self.observer
         self.rows, self.selected = self.layout.fresh, torch.empty(0, dtype=torch.long)
-        self.narrowing = self._near = self._correct = None
+        self.narrowing = self.near = self._correct = None
         self.observer = observer
         try:
             yield
         finally:
-            self.rows, self.selected, self.narrowing, self._near, self._correct, self.observer = (
+            self.rows, self.selected, self.narrowing, self.near, self._correct, self.observer = (
                 before
             )
 
@@ -201,7 +203,7 @@ class FusionPass:
         """The current rows as a mask, made once for all layers where they see the same."""
         if any(mask.positions is not self.rows for mask in self._masks.values()):
             self._masks.clear()
-        first, near = self._near or (0, None)
+        first, near = self.near or (0, None)
         if self._sliding[index] or index < first:
             near = None
         if (near is not None) not in self._masks:

@@ -49,6 +49,9 @@ def test_lower_layers_see_everything(tiny_engine, name):
     n_layers = len(whole.layers)
     first = Mend(long_tokens=1).window(n_layers, 1000).from_layer
     assert 0 < first < n_layers
+    at, rule = near.fusion.near
+    assert at == first
+    assert torch.isin(near.fusion.rows, rule.shared).all()
     for layer in range(first + 1):  # keys of a layer are made of what is below
         for ours, theirs in zip(
             near.layers[layer].stored(), whole.layers[layer].stored(), strict=True

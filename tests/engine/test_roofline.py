@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
-from a3_engine.fusion.selectors.base import Window
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.model.attention import has_window
 from a3_engine.model.caching import with_cache
+from a3_engine.model.rows import Near
 from tests.tiny import CONFIGS, WINDOW, tiny_model
 
 FP32 = 4  # bytes
@@ -115,8 +115,9 @@ def test_rows_that_see_what_is_near_are_counted_key_by_key():
     rows, until, tokens = torch.tensor([0, 3, 11, 12, 13, 40, 45, 46]), 45, 4
     keys, at = torch.arange(47), rows[:, None]
     causal = keys <= at
-    near = causal & (torch.isin(keys, rows) | (keys > at - tokens) | (at >= until))
-    needed = work(shape, [rows] * shape.layers, FP32, (Window(1, tokens), until))
+    shared = torch.tensor([0, 2, 11, 30, 38, 44])
+    near = causal & (torch.isin(keys, shared) | (keys > at - tokens) | (at >= until))
+    needed = work(shape, [rows] * shape.layers, FP32, (1, Near(shared, tokens, until)))
     attended = int(causal.sum()) + (shape.layers - 1) * int(near.sum())
     assert needed.attention.flops == 4 * shape.head_dim * shape.heads * attended
 

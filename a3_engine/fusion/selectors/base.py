@@ -121,8 +121,9 @@ class LayerSelector(Selector):
 
 
 class Window(NamedTuple):
-    """From a layer on, computed tokens ahead of the last chunk's end attend to each other and to so
-    many tokens just before them, in layers without a sliding window of their own."""
+    """From a layer on, computed tokens ahead of the last chunk's end attend to the tokens that are
+    shared, to those of no chunk, and to so many up to themselves: in layers that have no sliding
+    window of their own."""
 
     from_layer: int
     tokens: int
@@ -154,6 +155,10 @@ class QuestionSelector(Selector):
     def window(self, n_layers: int, n_chunk_tokens: int) -> Window | None:
         """Where the picked tokens attend to less than everything; None where nowhere."""
         return None
+
+    def shared(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
+        """Positions of the chunk tokens that all of them attend to then, as :meth:`select` does."""
+        return self.select(layout, attention)
 
     @abstractmethod
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from a3_engine.fusion.selectors.base import QuestionSelector, Window, top_candid
 # Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
 WINDOW = 64  # tokens
+SHARED = 2  # times the picked ones are attended to by all
 LEAST_SHARE = 1 / 3  # of the layers; what happens in these, all others see
 
 
@@ -42,7 +43,8 @@ class Mend(QuestionSelector):
     long_tokens : int
         Up to so many chunk tokens, the computed ones attend to everything before them in all
         layers. Beyond, only in so many of the lower layers that it costs no more than that, though
-        in a third of them at least; above, to each other and to the 64 tokens just before them.
+        in a third of them at least; above, to as many tokens again as are picked, those that the
+        question attends to next, to each other, and to the 64 tokens up to themselves.
     """
 
     name: ClassVar[str] = "mend"
@@ -93,5 +95,12 @@ class Mend(QuestionSelector):
         return scores
 
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        scores = self.scores(layout, attention)
-        return top_candidates(scores, layout.inexact_positions, self.budget(layout))
+        return self._best(layout, attention, self.budget(layout))
+
+    def shared(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
+        return self._best(layout, attention, SHARED * self.budget(layout))
+
+    def _best(self, layout: Layout, attention: torch.Tensor, count: int) -> torch.Tensor:
+        candidates = layout.inexact_positions
+        count = min(count, len(candidates))
+        return top_candidates(self.scores(layout, attention), candidates, count)
