@@ -16,6 +16,7 @@ from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
 from a3_engine.decoding.sharing import SharedDecoding
+from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
 from a3_engine.model.computing import Computing
@@ -57,8 +58,9 @@ class Runtime:
         return self.shared.computing
 
     def close(self) -> None:
-        """Release file handles and kept turns."""
+        """Release file handles, kept turns and memory kept for caches."""
         self.turns.close()
+        BUFFERS.clear()
         self.store.close()
         if self.library is not None:
             self.library.catalogue.close()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from a3_engine.fusion.buffers import BUFFERS
+
 PROCESS = Path("/proc/self")
 
 
@@ -22,6 +24,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     resident set's peak can be reset on Linux only.
     """
     gc.collect()
+    BUFFERS.clear()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

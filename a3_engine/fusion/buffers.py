@@ -48,6 +48,11 @@ class Buffers:
         weakref.finalize(lent, self._give_back, block).atexit = False
         return torch.from_numpy(lent).view(dtype)
 
+    def clear(self) -> None:
+        """Give the system what nobody uses."""
+        with self._lock:
+            self._free.clear()
+
     def _give_back(self, block: np.ndarray) -> None:
         with self._lock:
             self._free.append(block)

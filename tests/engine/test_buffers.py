@@ -1,0 +1,64 @@
+"""Memory of one cache serves the next, and never two at once."""
+
+import gc
+
+import torch
+
+from a3_engine.fusion.buffers import ALIGNMENT, Buffers
+
+
+def test_what_is_given_back_is_lent_again():
+    buffers = Buffers()
+    first = buffers.take(1000, torch.bfloat16)
+    assert first.shape == (1000,)
+    assert first.data_ptr() % ALIGNMENT == 0
+    at = first.data_ptr()
+    del first
+    smaller = buffers.take(900, torch.bfloat16)
+    assert smaller.data_ptr() == at
+
+
+def test_memory_is_in_use_as_long_as_any_view_of_it_is():
+    buffers = Buffers()
+    first = buffers.take(100, torch.float32)
+    view, at = first.view(10, 10)[3, 2:], first.data_ptr()
+    view.fill_(7.0)
+    del first
+    gc.collect()
+    second = buffers.take(100, torch.float32)
+    assert second.data_ptr() != at
+    second.zero_()
+    assert (view == 7.0).all()
+    del view
+    assert buffers.take(100, torch.float32).data_ptr() == at
+
+
+def test_no_more_is_kept_than_allowed():
+    buffers = Buffers(limit=1000)
+    large, small = buffers.take(2000, torch.uint8), buffers.take(500, torch.uint8)
+    at = small.data_ptr()
+    del large, small
+    assert buffers.take(500, torch.uint8).data_ptr() == at
+    assert not buffers._free
+
+
+def test_a_finished_request_leaves_its_memory_at_once(tiny_engine, monkeypatch):
+    """Without waiting for Python's collector: nothing holds the cache in a circle."""
+    buffers, engine = Buffers(), tiny_engine("llama")
+    monkeypatch.setattr("a3_engine.fusion.loading.BUFFERS", buffers)
+    chunks = ["The lamp burns through the night.", "The keeper is called Ada."]
+    for selector in ("mend", "a3", "full_reuse"):
+
+        def ask(selector=selector):
+            engine.generate("Who keeps it?", chunks=chunks, selector=selector, max_new_tokens=2)
+            engine.runtime.turns.clear()
+
+        ask()
+        gc.collect()
+        buffers.clear()
+        gc.disable()
+        try:
+            ask()
+            assert len(buffers._free) == 1
+        finally:
+            gc.enable()
