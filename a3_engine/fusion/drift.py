@@ -64,7 +64,7 @@ class Drift:
         for span in layout.chunks:
             if not span.exact:
                 self._movable[span.start : span.stop] = True
-        self._tables = rotation.tables(torch.arange(layout.n_tokens), devices)
+        self._tables = rotation.tables_up_to(layout.n_tokens, devices)
         where = self._movable.nonzero()[:, 0].tolist() or [0]
         self._span = slice(where[0], where[-1] + 1)
         self._share = repair.strength * self._movable[self._span]

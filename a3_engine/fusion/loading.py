@@ -53,13 +53,13 @@ def load_chunks(
     if not chunks:
         return
     stop = max(start + kv.n_tokens for start, kv in chunks)
-    tables = rotation.tables(torch.arange(stop), cache.devices)
+    tables = rotation.tables_up_to(stop, cache.devices)
     stored = list(cache.stored())
-    if native.places([kv for _, kv in chunks], stored):
+    if native.places(chunks, stored):
         for prompt in range(len(stored[0][0])):
-            layers = [(keys[prompt], values[prompt]) for keys, values in stored]
-            for start, kv in chunks:
-                native.place(kv, start, layers, tables)
+            native.place(
+                chunks, [(keys[prompt], values[prompt]) for keys, values in stored], tables
+            )
         return
     # One rotation a layer over all that was loaded costs less than one for every chunk.
     for index, ((keys, values), (cos, sin)) in enumerate(zip(stored, tables, strict=True)):

@@ -9,13 +9,15 @@ the stored key: only the pure rotation is applied here, so it is never applied t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
+
+Tables = list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each layer
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,20 @@ class Rotation:
 
     inv_freq: torch.Tensor
     max_tokens: int | None = None
+    _last: list[Tables] = field(default_factory=list, repr=False, compare=False)
+
+    def tables_up_to(self, n_tokens: int, devices: Sequence[torch.device]) -> Tables:
+        """:meth:`tables` for positions 0 to before ``n_tokens``; the last ones are remembered."""
+        for known in self._last:
+            if len(known[0][0]) >= n_tokens and [cos.device for cos, _ in known] == devices:
+                return [(cos[:n_tokens], sin[:n_tokens]) for cos, sin in known]
+        tables = self.tables(torch.arange(n_tokens), devices)
+        self._last[:] = [tables]
+        return tables
 
     def tables(
         self, positions: torch.Tensor, devices: Sequence[torch.device] | None = None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Tables:
         """Cosines and sines for every layer; layers of equal frequencies share one pair.
 
         Parameters

@@ -16,6 +16,7 @@ BLOCK_ROWS = 64
 TASKS_A_THREAD = 4  # so that none waits long for the last
 LEAST_KEYS = 256  # of a task, where keys are cut
 
+Chunks = Sequence[tuple[int, ChunkKV]]
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 _Pointer, _Long = ctypes.c_void_p, ctypes.c_long
@@ -108,12 +109,12 @@ def attend(
     return output
 
 
-def places(chunks: Sequence[ChunkKV], layers: Layers) -> bool:
+def places(chunks: Chunks, layers: Layers) -> bool:
     """Whether :func:`place` takes these: bf16 on the CPU, without gaps between tokens."""
     return (
         all(
             _is_ours(states) and states.is_contiguous()
-            for kv in chunks
+            for _, kv in chunks
             for states in (kv.keys, kv.values)
         )
         and all(_is_ours(states) for layer in layers for states in layer)
@@ -122,35 +123,32 @@ def places(chunks: Sequence[ChunkKV], layers: Layers) -> bool:
 
 
 def place(
-    kv: ChunkKV, start: int, layers: Layers, tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    chunks: Chunks, layers: Layers, tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
-    """Copy a chunk into a cache and turn its keys, in fp32, on the way.
+    """Copy chunks into a cache and turn their keys, in fp32, on the way.
 
     Parameters
     ----------
-    kv : ChunkKV
-    start : int
-        Position of its first token.
+    chunks : sequence of (position of the first token, ChunkKV)
     layers : sequence of (keys, values)
         The cache, from position 0 on: ``(kv_heads, tokens, head_dim)``, tokens side by side.
     tables : sequence of (cos, sin)
         Of each layer, from position 0 on: contiguous, fp32, ``(tokens, rotary_dim / 2)``.
     """
-    half = tables[0][0].shape[1]
-    to = start * kv.keys.shape[3] * kv.keys.element_size()
-    at = start * half * tables[0][0].element_size()
+    n_layers, kv_heads, _, head_dim = chunks[0][1].keys.shape
     _run(
         "a3_place",
-        kv.keys,
-        kv.values,
-        _pointers([keys for keys, _ in layers], to),
-        _pointers([values for _, values in layers], to),
+        _pointers([kv.keys for _, kv in chunks]),
+        _pointers([kv.values for _, kv in chunks]),
+        _longs([start for start, _ in chunks]),
+        _longs([kv.n_tokens for _, kv in chunks]),
+        len(chunks),
+        _pointers([keys for keys, _ in layers]),
+        _pointers([values for _, values in layers]),
         _longs([keys.stride(0) for keys, _ in layers]),
-        _pointers([cos for cos, _ in tables], at),
-        _pointers([sin for _, sin in tables], at),
-        *kv.keys.shape,
-        half,
-        torch.get_num_threads(),
+        _pointers([cos for cos, _ in tables]),
+        _pointers([sin for _, sin in tables]),
+        *(n_layers, kv_heads, head_dim, tables[0][0].shape[1], torch.get_num_threads()),
     )
 
 
@@ -173,8 +171,8 @@ def _run(name: str, *arguments: object) -> None:
     )
 
 
-def _pointers(tensors: Sequence[torch.Tensor], offset: int = 0) -> ctypes.Array[ctypes.c_void_p]:
-    return (_Pointer * len(tensors))(*(tensor.data_ptr() + offset for tensor in tensors))
+def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (_Pointer * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:

@@ -81,21 +81,26 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (40, 20), (64, 8)])
 def test_chunks_are_placed_as_by_torch(head_dim, half):
     torch.manual_seed(0)
-    kv = ChunkKV(*(torch.randn(2, 3, 50, head_dim).bfloat16() for _ in "kv"))
+    chunks = [
+        (start, ChunkKV(*(torch.randn(2, 3, n_tokens, head_dim).bfloat16() for _ in "kv")))
+        for start, n_tokens in ((30, 50), (83, 5))
+    ]
     cache = [tuple(torch.zeros(3, 90, head_dim).bfloat16() for _ in "kv") for _ in range(2)]
     angles = [torch.rand(90, half) * 6 for _ in range(2)]
     tables = [(angle.cos(), angle.sin()) for angle in angles]
-    assert native.places([kv], cache)
-    native.place(kv, 30, cache, tables)
-    for layer, (keys, values) in enumerate(cache):
-        moved = kv.keys[layer].clone()
-        rotate_(moved, *(table[30:80] for table in tables[layer]))
-        # fp32 products may be fused: a sum may round to the neighbour.
-        torch.testing.assert_close(keys[:, 30:80], moved, rtol=2**-7, atol=1e-3)
-        assert torch.equal(values[:, 30:80], kv.values[layer])
-        for states in (keys, values):
-            assert not states[:, :30].any()
-            assert not states[:, 80:].any()
+    assert native.places(chunks, cache)
+    native.place(chunks, cache, tables)
+    free = torch.ones(90, dtype=torch.bool)
+    for start, kv in chunks:
+        part = slice(start, start + kv.n_tokens)
+        free[part] = False
+        for layer, (keys, values) in enumerate(cache):
+            moved = kv.keys[layer].clone()
+            rotate_(moved, *(table[part] for table in tables[layer]))
+            # fp32 products may be fused: a sum may round to the neighbour.
+            torch.testing.assert_close(keys[:, part], moved, rtol=2**-7, atol=1e-3)
+            assert torch.equal(values[:, part], kv.values[layer])
+    assert not any(states[:, free].any() for layer in cache for states in layer)
 
 
 def test_other_states_are_left_to_torch():
