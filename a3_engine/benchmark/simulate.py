@@ -17,7 +17,7 @@ import torch
 
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
-from a3_engine.fusion.selectors.mend import SHARED, Mend
+from a3_engine.fusion.selectors.mend import SHARED, WINDOW, Mend
 from a3_engine.model.rows import Near
 
 BF16 = 2  # bytes
@@ -219,9 +219,9 @@ def simulate(
         scoring = replace(work(lower, [fresh] * lower.layers, BF16), logits=Part(0.0, 0.0))
         select = seconds(scoring, how.row_attention, lower.layers)
         compute = how.repair_passes * raw / memory
-    window = Mend().window(shape.layers, context) if 0 < ratio < 1 else None
+    first = Mend().near_from(shape.layers, context) if 0 < ratio < 1 else None
     shared = torch.linspace(0, context - 1, min(SHARED * n_recomputed, context)).long()
-    near = window and (window.from_layer, Near(shared, window.tokens, context))
+    near = None if first is None else (first, Near(shared, WINDOW, context))
     compute += seconds(work(shape, rows, BF16, near), how.row_attention, shape.layers)
     everything = [torch.arange(n_tokens)] * shape.layers
     return Times(

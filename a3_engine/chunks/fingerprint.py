@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(rules, type(tokenizer).__name__ if backend is None else "tokenizers")
 
 
-def chunk_key(engine_fingerprint: str, behind: Sequence[int], ids: Sequence[int]) -> str:
+@lru_cache(maxsize=1024)
+def chunk_key(engine_fingerprint: str, behind: tuple[int, ...], ids: tuple[int, ...]) -> str:
     """The store's key of a chunk: who computes it, what stands before it, and its token ids."""
     return digest(FORMAT_VERSION, engine_fingerprint, list(behind), list(ids))

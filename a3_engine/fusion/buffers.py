@@ -36,7 +36,8 @@ class Buffers:
         """Uninitialized memory, a flat tensor; it comes back by itself."""
         nbytes = n_values * dtype.itemsize + ALIGNMENT
         with self._lock:
-            fitting = [block for block in self._free if block.nbytes >= nbytes]
+            # A much larger one would be held back by what is small.
+            fitting = [block for block in self._free if nbytes <= block.nbytes <= 2 * nbytes]
             block = min(fitting, key=lambda block: block.nbytes, default=None)
             if block is not None:
                 self._free = [other for other in self._free if other is not block]
@@ -54,6 +55,8 @@ class Buffers:
             self._free.clear()
 
     def _give_back(self, block: np.ndarray) -> None:
+        if block.nbytes > self._limit:
+            return
         with self._lock:
             self._free.append(block)
             while sum(kept.nbytes for kept in self._free) > self._limit:

@@ -22,18 +22,14 @@ def allocate(
     """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
     decoder = model.get_decoder()
     shape = (n_prompts, *kv_shape(decoder, capacity)[1:])
-    devices = [next(layer.parameters()).device for layer in decoder.layers]
-    n_values = 2 * sum(device.type == "cpu" for device in devices) * math.prod(shape)
-    on_cpu = iter(BUFFERS.take(n_values, model.dtype).view(-1, *shape))
     layers = []
-    for device, window in zip(devices, has_window(model), strict=True):
-        keys, values = (
-            next(on_cpu)
-            if device.type == "cpu"
-            else torch.empty(shape, dtype=model.dtype, device=device)
-            for _ in range(2)
-        )
-        layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
+    for layer, window in zip(decoder.layers, has_window(model), strict=True):
+        device = next(layer.parameters()).device
+        if device.type == "cpu":
+            both = BUFFERS.take(2 * math.prod(shape), model.dtype).view(2, *shape)
+        else:
+            both = torch.empty((2, *shape), dtype=model.dtype, device=device)
+        layers.append(FusedLayer(both[0], both[1], n_prompt, is_sliding=window))
     return FusedCache(layers)
 
 

@@ -20,7 +20,7 @@ from a3_engine.fusion.selectors.base import (
 )
 from a3_engine.fusion.sparse import sparse_positions
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Near, Observer
+from a3_engine.model.rows import Observer
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def begin(
         look = question_alone if selector.alone else question_attention
         layers = selector.layers(len(cache.layers))
         attention = look(model.get_decoder(), cache, fusion, ids, layers, selector.pool)
-        near = _near(selector, layout, attention, len(cache.layers))
+        near = selector.near(layout, attention, len(cache.layers))
         fusion.take(selector.select(layout, attention), near)
     elif isinstance(selector, LayerSelector) and selector.drafted:
         device = model.get_input_embeddings().weight.device
@@ -94,14 +94,3 @@ def begin(
         fusion.lookahead = drafted[selector.layer]
         cache.rewind()
     return cache
-
-
-def _near(
-    selector: QuestionSelector, layout: Layout, attention: torch.Tensor, n_layers: int
-) -> tuple[int, Near] | None:
-    """From which layer on the picked tokens see less than everything, and what."""
-    window = selector.window(n_layers, len(layout.chunk_positions))
-    if window is None:
-        return None
-    shared = layout.with_chunk_tokens(selector.shared(layout, attention).cpu())
-    return window.from_layer, Near(shared, window.tokens, layout.chunks[-1].stop)

@@ -4,7 +4,7 @@ transformers lets a program register attention functions by name; every Llama-li
 registered function with the queries after rotation and the keys and values that the cache returned.
 The function here does ordinary attention, by the implementation that the model had before, unless
 the layer's `attention_mask` is a :class:`Rows`: then the rows stand at arbitrary positions and see
-exactly the keys at positions not after their own.
+exactly the keys at positions not after their own, or those of them that `Rows.near` leaves.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def attend_rows(
     softcap: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Attention of scattered rows over the whole cache, with an exact mask.
+    """Attention of scattered rows over the cache; each sees what `rows` says, and nothing else.
 
     Parameters
     ----------

@@ -154,10 +154,11 @@ class Rows:
     ) -> Block:
         assert self.near is not None
         first, shared = int(starts[rows.start]), self.near.shared
-        where = torch.cat([shared[shared < first], torch.arange(first, int(stops[rows.stop - 1]))])
-        far = (where < starts[rows, None]) & ~torch.isin(where, shared)
-        hidden = (where >= stops[rows, None]) | far
-        return Block(rows, where.to(device), _mask(hidden, device, dtype))
+        # What is shared ahead of the block's first range is visible to all its rows.
+        near = torch.arange(first, int(stops[rows.stop - 1]))
+        far = (near < starts[rows, None]) & ~torch.isin(near, shared)
+        keys = torch.cat([shared[shared < first], near]).to(device)
+        return Block(rows, keys, _mask((near >= stops[rows, None]) | far, device, dtype))
 
 
 def _mask(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

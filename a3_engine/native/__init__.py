@@ -87,6 +87,9 @@ def attend(
     tasks = sequences * kv_heads * -(-rows // BLOCK_ROWS)
     most = max(1, max(key.shape[2] for key in keys) // LEAST_KEYS)
     splits = min(most, -(-TASKS_A_THREAD * threads // tasks))
+    # Sums, the highest score and the total of every row of every part.
+    part = heads // kv_heads * min(BLOCK_ROWS, rows) * (head_dim + 2)
+    parts = torch.empty(tasks * splits * part, dtype=torch.float32)
     _run(
         "a3_attend",
         query,
@@ -103,6 +106,7 @@ def attend(
         *(sequences, heads, kv_heads, rows, head_dim),
         ctypes.c_float(scaling),
         *(BLOCK_ROWS, splits, threads),
+        parts,
         output,
         _longs([output.stride(at) for at in (0, 2, 1)]),
     )

@@ -205,19 +205,19 @@ float weigh(float* scores, bf16* weights, long first, long last, float scale, fl
 //                gathered; of these a row sees the first counts[sequence][row] too
 // block          rows that a task takes, with all heads that share its keys
 // splits         parts that a task's keys are cut into, where there are few tasks
+// parts          room for all tasks' sums: group * min(block, rows) * (dim + 2) for each part
 extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf16* const* keys,
                           const bf16* const* values, const long* stride, const int64_t* first,
                           const int64_t* last, const bf16* const* shared_keys,
                           const bf16* const* shared_values, const int64_t* counts, long n_shared,
                           long sequences, long heads, long kv_heads, long rows,
                           long dim, float scaling, long block, long splits, long threads,
-                          bf16* output, const long* output_strides) {
+                          float* parts, bf16* output, const long* output_strides) {
   using namespace a3;
   const long group = heads / kv_heads, blocks = (rows + block - 1) / block;
   const long most = group * std::min(block, rows), wholes = sequences * kv_heads * blocks;
   const long part = most * (dim + 2);  // sums, highest scores and totals of a part
   const float scale = scaling * 1.44269504088896340736f;  // powers of 2 instead of e
-  std::unique_ptr<float[]> parts(new float[wholes * splits * part]);
 
   struct Whole {
     long sequence, head, row, count;
@@ -250,7 +250,7 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
         std::memcpy(left.get() + i * dim, query + offset(query_strides, whole, i),
                     dim * sizeof(bf16));
       }
-      float* const sums = parts.get() + task * part;
+      float* const sums = parts + task * part;
       float *const highest = sums + most * dim, *const totals = highest + most;
       std::fill_n(sums, n * dim, 0.f);
       std::fill_n(highest, n, kHidden);
@@ -326,7 +326,7 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
 #pragma omp for schedule(static)
     for (long index = 0; index < wholes; ++index) {
       const Whole whole = whole_at(index);
-      const float* const sums = parts.get() + index * splits * part;
+      const float* const sums = parts + index * splits * part;
       for (long i = 0; i < group * whole.count; ++i) {
         const float *const highest = sums + most * dim + i, *const totals = highest + most;
         float top = kHidden, total = 0;

@@ -1,4 +1,4 @@
-"""The C++ beside this file as a library, compiled once a machine.
+"""The C++ beside this file as a library, compiled once a user and version.
 
 torch has no quick operation for a few loops: attention of one token over a long bf16 cache, of
 scattered rows, and turning keys while they are copied. On Linux, where the CPU multiplies bf16 by
@@ -69,9 +69,11 @@ def _compiled(compiler: str) -> Path:
         hasher.update((here / name).read_bytes())
     folder = user_cache_path("a3") / "native"
     path = folder / f"{hasher.hexdigest()[:24]}.so"
-    if path.exists() and path.stat().st_uid == os.getuid():
-        return path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_others(folder)
+    if path.exists():
+        _refuse_others(path)
+        return path
     logger.info("Compiling the native loops into %s, once.", folder)
     # Whoever comes first wins; others replace it by the same.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -83,5 +85,13 @@ def _compiled(compiler: str) -> Path:
             text=True,
             timeout=TIMEOUT_S,
         )
+        made.chmod(0o700)
         made.replace(path)
     return path
+
+
+def _refuse_others(path: Path) -> None:
+    """Code is loaded only from where nobody else can write."""
+    found = path.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022 or path.is_symlink():
+        raise OSError(f"{path} can be written by others; remove it, or make it yours alone")

@@ -252,3 +252,19 @@ def test_settings_that_make_no_sense_are_refused(tiny_engine):
         SnapKV(kernel=4)
     with pytest.raises(ValueError, match="drafted"):
         LAQ(lookahead=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_what_is_left_out_frees_its_memory(tiny_engine, architecture):
+    """No layer that stays whole holds another layer's block."""
+    engine = tiny_engine(architecture)
+    _, cache = engine.fuse(
+        "Who keeps the lamp?", chunks=["The keeper is Ada. " * 9], selector="full_reuse"
+    )
+    before = [keys.untyped_storage().data_ptr() for keys, _ in cache.stored()]
+    assert len(set(before)) == len(cache.layers)
+    cut = [None if layer.is_sliding else torch.arange(4) for layer in cache.layers]
+    cache.keep(cut)
+    held = {keys.untyped_storage().data_ptr() for keys, _ in cache.stored()}
+    for old, slots in zip(before, cut, strict=True):
+        assert (old in held) == (slots is None)

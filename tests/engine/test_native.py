@@ -130,15 +130,26 @@ def test_without_a_working_compiler_torch_computes(compiler, tmp_path, monkeypat
 
 
 @needs_loops
-def test_a_library_of_another_user_is_not_loaded(tmp_path, monkeypatch):
-    """Nor one that was compiled from other sources."""
+def test_only_a_library_that_nobody_else_can_write_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
     path = build._compiled("g++")
     made = path.stat().st_ino
     assert build._compiled("g++") == path
     assert path.stat().st_ino == made
-    assert path.parent.stat().st_mode & 0o077 == 0
+    for open_to_all in (path, path.parent):
+        mode = open_to_all.stat().st_mode
+        open_to_all.chmod(mode | 0o002)
+        with pytest.raises(OSError, match="others"):
+            build._compiled("g++")
+        open_to_all.chmod(mode)
     monkeypatch.setattr(build.os, "getuid", lambda: 12345)
-    assert build._compiled("g++").stat().st_ino != made
+    with pytest.raises(OSError, match="others"):
+        build._compiled("g++")
+
+
+@needs_loops
+def test_other_flags_make_another_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
+    path = build._compiled("g++")
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
     assert build._compiled("g++") != path

@@ -47,7 +47,7 @@ def test_lower_layers_see_everything(tiny_engine, name):
     near = run(engine, prompt, Mend(ratio=0.5, narrow=(), repair=None, long_tokens=1))
     whole = run(engine, prompt, Mend(ratio=0.5, narrow=(), repair=None))
     n_layers = len(whole.layers)
-    first = Mend(long_tokens=1).window(n_layers, 1000).from_layer
+    first = Mend(long_tokens=1).near_from(n_layers, 1000)
     assert 0 < first < n_layers
     at, rule = near.fusion.near
     assert at == first
@@ -64,11 +64,11 @@ def test_lower_layers_see_everything(tiny_engine, name):
 
 def test_longer_prompts_cost_no_more_scores_until_a_third_of_the_layers():
     method, n_layers = Mend(), 30
-    assert method.window(n_layers, method.long_tokens) is None
+    assert method.near_from(n_layers, method.long_tokens) is None
     most, least = n_layers * method.long_tokens**2, n_layers * LEAST_SHARE
     before = n_layers
     for n_tokens in range(method.long_tokens + 1, 4 * method.long_tokens, 100):
-        layers = method.window(n_layers, n_tokens).from_layer
+        layers = method.near_from(n_layers, n_tokens)
         assert layers <= before
         assert layers == least or (layers - 1) * n_tokens**2 <= most
         before = layers

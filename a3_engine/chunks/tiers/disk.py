@@ -167,6 +167,7 @@ class DiskStore:
         return problems
 
     def close(self) -> None:
+        self._disk.opened.clear()
         self._cache.close()
         self._index.close()
 
@@ -224,6 +225,8 @@ class DiskStore:
                     self._hashed.popitem(last=False)
             if self._secret is None:  # what is sealed is checked whenever it is used
                 self._disk.opened.keep(identity, payload)
+                if not path.exists():  # removed meanwhile
+                    self._disk.opened.forget(str(name))
             return payload
         raise DamagedPayload("its file is not there")
 

@@ -52,6 +52,12 @@ class Opened:
             for identity in [known for known in self._payloads if known[0] == name]:
                 self._drop(identity)
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        with self._lock:
+            self._payloads.clear()
+            self._nbytes = 0
+
     def _drop(self, identity: Identity) -> None:
         payload = self._payloads.pop(identity, None)
         self._nbytes -= payload.nbytes if payload is not None else 0

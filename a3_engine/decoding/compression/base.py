@@ -6,6 +6,7 @@ with a sliding window are left alone.
 
 A score comes from the queries of the rows that the fusion pass computes. Reused tokens have none:
 what full prefill would add up over all tokens is added up over the recomputed and the fresh ones.
+Those that attend to less than everything in a long prompt count as if they attended to all of it.
 """
 
 from __future__ import annotations

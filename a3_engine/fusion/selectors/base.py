@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +20,7 @@ from a3_engine.fusion.cache import Correction
 from a3_engine.fusion.drift import Drift, DriftRepair
 from a3_engine.fusion.layout import Layout
 from a3_engine.model.rotary import Rotation
+from a3_engine.model.rows import Near
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,6 @@ class LayerSelector(Selector):
         """
 
 
-class Window(NamedTuple):
-    """From a layer on, computed tokens ahead of the last chunk's end attend to the tokens that are
-    shared, to those of no chunk, and to so many up to themselves: in layers that have no sliding
-    window of their own."""
-
-    from_layer: int
-    tokens: int
-
-
 @dataclass(frozen=True)
 class QuestionSelector(Selector):
     """Selects by the question's attention to the loaded keys, before the pass begins.
@@ -152,13 +144,14 @@ class QuestionSelector(Selector):
         """
         return {}
 
-    def window(self, n_layers: int, n_chunk_tokens: int) -> Window | None:
-        """Where the picked tokens attend to less than everything; None where nowhere."""
-        return None
+    def near(
+        self, layout: Layout, attention: torch.Tensor, n_layers: int
+    ) -> tuple[int, Near] | None:
+        """From which layer on the picked tokens attend to less than everything, and what.
 
-    def shared(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        """Positions of the chunk tokens that all of them attend to then, as :meth:`select` does."""
-        return self.select(layout, attention)
+        ``attention`` is that of :meth:`select`. None where they attend to everything.
+        """
+        return None
 
     @abstractmethod
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:

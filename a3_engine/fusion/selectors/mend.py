@@ -11,7 +11,8 @@ import torch
 from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.drift import DriftRepair
 from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import QuestionSelector, Window, top_candidates
+from a3_engine.fusion.selectors.base import QuestionSelector, top_candidates
+from a3_engine.model.rows import Near
 
 # Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
@@ -78,12 +79,21 @@ class Mend(QuestionSelector):
     def stages(self, n_layers: int) -> dict[int, float]:
         return {math.ceil(n_layers * at): share for at, share in self.narrow}
 
-    def window(self, n_layers: int, n_chunk_tokens: int) -> Window | None:
+    def near_from(self, n_layers: int, n_chunk_tokens: int) -> int | None:
+        """The layer from which on the picked tokens attend to less; None where nowhere."""
         if n_chunk_tokens <= self.long_tokens:
             return None
         # Scores of rows over keys grow with the square of the tokens.
-        share = max((self.long_tokens / n_chunk_tokens) ** 2, LEAST_SHARE)
-        return Window(math.ceil(n_layers * share), WINDOW)
+        return math.ceil(n_layers * max((self.long_tokens / n_chunk_tokens) ** 2, LEAST_SHARE))
+
+    def near(
+        self, layout: Layout, attention: torch.Tensor, n_layers: int
+    ) -> tuple[int, Near] | None:
+        first = self.near_from(n_layers, len(layout.chunk_positions))
+        if first is None:
+            return None
+        shared = self._best(layout, attention, SHARED * self.budget(layout)).cpu()
+        return first, Near(layout.with_chunk_tokens(shared), WINDOW, layout.chunks[-1].stop)
 
     def scores(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         """How much each token counts, ``(tokens,)``; the attention is that of :meth:`select`."""
@@ -97,10 +107,5 @@ class Mend(QuestionSelector):
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         return self._best(layout, attention, self.budget(layout))
 
-    def shared(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        return self._best(layout, attention, SHARED * self.budget(layout))
-
     def _best(self, layout: Layout, attention: torch.Tensor, count: int) -> torch.Tensor:
-        candidates = layout.inexact_positions
-        count = min(count, len(candidates))
-        return top_candidates(self.scores(layout, attention), candidates, count)
+        return top_candidates(self.scores(layout, attention), layout.inexact_positions, count)

@@ -1,0 +1,133 @@
+"""The loops in C++ beside torch's operations, a layer at a time, and a request with and without.
+
+`python benchmarks/loops.py` prints the tables of docs/performance.md, "Loops in C++"; it needs a
+machine on which the loops are compiled.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+
+import torch
+
+from a3_engine import A3Engine, native
+from a3_engine.benchmark.prompts import QUESTION, chunk_texts
+from a3_engine.model.attention import attend_ragged, attend_rows
+from a3_engine.model.rows import Ragged, Rows
+
+HEADS, KV_HEADS, HEAD_DIM, SCALING = 9, 3, 64, 0.125  # the demo model's
+LAYERS = 6  # caches in turn, so that one token's do not stay in the processor
+ROUNDS = 9
+compiled = native.library
+
+
+class Layer:
+    layer_idx = 0
+
+
+def use(loops: bool) -> None:
+    """From now on compute by the loops, or by torch."""
+    native.library = compiled if loops else lambda: None
+
+
+def both(call: Callable[[], object]) -> tuple[float, float]:
+    """Median milliseconds by torch and by the loops, in turns."""
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(ROUNDS + 1):
+        for loops in taken:
+            use(loops)
+            started = time.perf_counter()
+            call()
+            if turn:
+                taken[loops].append(1e3 * (time.perf_counter() - started))
+    return statistics.median(taken[False]), statistics.median(taken[True])
+
+
+def states(n_tokens: int) -> torch.Tensor:
+    return torch.randn(1, KV_HEADS, n_tokens + 256, HEAD_DIM).bfloat16()[:, :, :n_tokens]
+
+
+def rows_over(positions: torch.Tensor, n_keys: int) -> str:
+    query = torch.randn(1, len(positions), HEADS, HEAD_DIM).bfloat16().transpose(1, 2)
+    key, value, rows = states(n_keys), states(n_keys), Rows(positions)
+
+    def attend() -> torch.Tensor:
+        return attend_rows(Layer(), query, key, value, rows, scaling=SCALING)
+
+    group = HEADS // KV_HEADS
+    wide = [each.double().repeat_interleave(group, 1) for each in (key, value)]
+    scores = query.double() @ wide[0].transpose(2, 3) * SCALING
+    scores.masked_fill_(torch.arange(n_keys) > positions[:, None], float("-inf"))
+    exact = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
+    errors = []
+    for loops in (False, True):
+        use(loops)
+        errors.append(float((attend().double() - exact).norm() / exact.norm()))
+    torch_ms, loops_ms = both(attend)
+    return f"{torch_ms:.1f} ms | {loops_ms:.1f} ms | {errors[0]:.4f}, {errors[1]:.4f}"
+
+
+def one_token(requests: int, n_keys: int) -> str:
+    query = torch.randn(requests, HEADS, 1, HEAD_DIM).bfloat16()
+    caches = [[[states(n_keys) for _ in range(requests)] for _ in "kv"] for _ in range(LAYERS)]
+    ragged = Ragged()
+
+    def attend() -> None:
+        for keys, values in caches:
+            attend_ragged(query, keys, values, ragged, scaling=SCALING)
+
+    torch_ms, loops_ms = both(attend)
+    return f"{torch_ms / LAYERS:.2f} ms | {loops_ms / LAYERS:.2f} ms | "
+
+
+def requests() -> None:
+    """Whole requests of 4,096 tokens: milliseconds, and tokens a second behind the first."""
+    with TemporaryDirectory() as folder:
+        engine = A3Engine.from_pretrained("smollm2-135m-instruct", cache_dir=folder)
+        chunks = chunk_texts(engine.runtime.planner, 4096, 512)
+        engine.precompute(chunks, progress=False)
+        for selector, ratio in (("full_reuse", 0.0), ("mend", 0.05), ("mend", 0.15)):
+            found: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
+            for turn in range(6):
+                for loops in found:
+                    use(loops)
+                    engine.runtime.turns.clear()
+                    report = engine.generate(
+                        QUESTION, chunks=chunks, selector=selector, ratio=ratio, max_new_tokens=9
+                    ).report
+                    decoded = (report.generated_tokens - 1) / report.decode_s
+                    if turn:
+                        found[loops].append((1e3 * report.ttft_s, 1e3 * report.load_s, decoded))
+            cells = [
+                f"{statistics.median(values):.0f}"
+                for loops in found
+                for values in zip(*found[loops], strict=True)
+            ]
+            print(f"| {selector} @ {ratio:g} | " + " | ".join(cells) + " |")
+        engine.close()
+
+
+@torch.inference_mode()
+def main() -> None:
+    if compiled() is None:
+        raise SystemExit("The loops cannot be compiled here; see docs/troubleshooting.md.")
+    torch.manual_seed(0)
+    late = (4143 - (torch.rand(1400).square() * 4144).long().unique()[:611]).sort().values
+    later = (7999 - (torch.rand(2800).square() * 8000).long().unique()[:1222]).sort().values
+    evenly = torch.randperm(4144)[:611].sort().values
+    print(f"| {len(late)} rows over 4,144 keys, standing late | {rows_over(late, 4144)} |")
+    print(f"| {len(evenly)} rows, standing evenly | {rows_over(evenly, 4144)} |")
+    print(f"| {len(later)} rows over 8,000 keys, standing late | {rows_over(later, 8000)} |")
+    print(f"| 35 rows over 4,144 keys | {rows_over(late[-35:], 4144)} |")
+    print(f"| 512 rows of a chunk alone | {rows_over(torch.arange(512), 512)} |")
+    for n_requests in (8, 1):
+        cells = one_token(n_requests, 4144)
+        print(f"| one token of {n_requests} requests over 4,144 keys each | {cells} |")
+    requests()
+
+
+if __name__ == "__main__":
+    main()
