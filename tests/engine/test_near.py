@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors.mend import LEAST_SHARE, Mend
 from a3_engine.model.attention import attend_rows
 from a3_engine.model.rows import Near, Rows
@@ -78,3 +79,19 @@ def test_longer_prompts_cost_no_more_scores_until_a_third_of_the_layers():
 def test_long_tokens_are_counted():
     with pytest.raises(ValueError, match="long_tokens"):
         Mend(long_tokens=-1)
+
+
+def test_all_attend_to_what_the_question_attends_to_most_exact_or_not():
+    """A first chunk just behind what it was computed behind is never picked, but it is seen."""
+    chunks = (Span(4, 40, exact=True), Span(40, 80), Span(80, 120))
+    fresh = torch.cat([torch.arange(4), torch.arange(120, 124)])
+    layout = Layout(124, chunks, 4, fresh, question=torch.arange(120, 124))
+    attention = torch.full((2, 124), 0.001)
+    attention[:, [7, 20, 33, 50, 90]] = 0.1
+    method = Mend(ratio=0.05, long_tokens=10)
+    picked = method.select(layout, attention)
+    _, near = method.near(layout, attention, 6)
+    assert not torch.isin(picked, torch.arange(4, 40)).any()
+    assert torch.isin(torch.cat([picked, fresh, torch.tensor([7, 20, 33])]), near.shared).all()
+    assert len(near.shared) < 40
+    assert near.until == 120

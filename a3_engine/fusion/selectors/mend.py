@@ -92,7 +92,10 @@ class Mend(QuestionSelector):
         first = self.near_from(n_layers, len(layout.chunk_positions))
         if first is None:
             return None
-        shared = self._best(layout, attention, SHARED * self.budget(layout)).cpu()
+        # Chunk tokens that are exact already are attended to as well, though never picked.
+        scores, picked = self.scores(layout, attention), self.select(layout, attention)
+        best = top_candidates(scores, layout.chunk_positions, SHARED * self.budget(layout))
+        shared = torch.cat([picked, best]).cpu()
         return first, Near(layout.with_chunk_tokens(shared), WINDOW, layout.chunks[-1].stop)
 
     def scores(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
@@ -105,7 +108,5 @@ class Mend(QuestionSelector):
         return scores
 
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        return self._best(layout, attention, self.budget(layout))
-
-    def _best(self, layout: Layout, attention: torch.Tensor, count: int) -> torch.Tensor:
-        return top_candidates(self.scores(layout, attention), layout.inexact_positions, count)
+        scores = self.scores(layout, attention)
+        return top_candidates(scores, layout.inexact_positions, self.budget(layout))
