@@ -62,13 +62,20 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """A large square product in the model's dtype, and large copies; the fastest of five."""
     side = SQUARE.get(device.type, LARGE_SQUARE)
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
+    copy_s, new_copy_s = copy_seconds(COPIED, device)
     return Rates(
         matmul=2 * side**3 / fastest(lambda: left @ right, device),
-        copy=2 * COPIED / fastest(lambda: target.copy_(source), device),
-        new_copy=2 * COPIED / fastest(source.clone, device),
+        copy=2 * COPIED / copy_s,
+        new_copy=2 * COPIED / new_copy_s,
     )
+
+
+@torch.inference_mode()
+def copy_seconds(nbytes: int, device: torch.device) -> tuple[float, float]:
+    """Of a plain copy into memory at hand, and into new memory; the fastest of five each."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return fastest(lambda: target.copy_(source), device), fastest(source.clone, device)
 
 
 @torch.inference_mode()

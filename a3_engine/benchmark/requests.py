@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from a3_engine.benchmark.memory import peak_growth
-from a3_engine.benchmark.rates import now
+from a3_engine.benchmark.rates import copy_seconds, now
 from a3_engine.engine import A3Engine
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.method import Method
@@ -21,10 +21,16 @@ PARTS = ("plan", "load", "select", "recompute", "first_token", "other")
 
 
 class Timed(NamedTuple):
-    """One request: what its report says, and the seconds of each of `PARTS`."""
+    """One request: what its report says, and the seconds of each of `PARTS`.
+
+    Right behind it, as many bytes as it read were copied in ``copy_s`` seconds into memory at hand,
+    and in ``new_copy_s`` into memory that the system has yet to hand out, page by page.
+    """
 
     report: FusionReport
     parts: dict[str, float]
+    copy_s: float = 0.0
+    new_copy_s: float = 0.0
 
     @property
     def pass_s(self) -> float:
@@ -64,7 +70,8 @@ def take_turns(
         timed = timed_request(engine, question, chunks, method, answer_tokens)
         if number >= len(methods):
             assert timed.report.misses == 0
-            yield method, timed
+            copied = copy_seconds(timed.report.bytes_read, engine.runtime.model.device)
+            yield method, Timed(timed.report, timed.parts, *copied)
     for method in methods:
         engine.runtime.turns.clear()
         request = partial(timed_request, engine, question, chunks, method, answer_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -109,7 +109,6 @@ def _summary(
     by_time = sorted(timed, key=lambda each: each.report.ttft_s)
     middle = by_time[(len(timed) - 1) // 2]
     decoded = [each.decode_per_s for each in timed if each.report.generated_tokens > 1]
-    load_s = statistics.median(each.parts["load"] for each in timed)
     return {
         "method": method.name,
         "ratio": method.selector.ratio,
@@ -124,15 +123,18 @@ def _summary(
         "bytes_read": report.bytes_read,
         "kv_bytes": report.kv_bytes,
         "peak_bytes": peak,
-        # A plain copy reads and writes as many bytes.
-        "load_to_copy": _to_copy(load_s, report.bytes_read, rates.copy),
-        "load_to_new_copy": _to_copy(load_s, report.bytes_read, rates.new_copy),
+        "load_to_copy": _load_to(timed, lambda each: each.copy_s),
+        "load_to_new_copy": _load_to(timed, lambda each: each.new_copy_s),
         "roofline": _roofline(engine, method, timed, rates),
     }
 
 
-def _to_copy(seconds: float, nbytes: int, rate: float) -> float | None:
-    return round(seconds * rate / (2 * nbytes), 2) if nbytes else None
+def _load_to(timed: Sequence[Timed], copying: Callable[[Timed], float]) -> float | None:
+    """Loading as a multiple of a plain copy of the same bytes, medians of both."""
+    if not timed[-1].report.bytes_read:
+        return None
+    loading = statistics.median(each.parts["load"] for each in timed)
+    return round(loading / statistics.median(map(copying, timed)), 2)
 
 
 def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: Rates) -> Row | None:
