@@ -28,7 +28,8 @@ class Buffers:
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self._limit = limit
-        self._free: list[np.ndarray] = []
+        self._free: dict[int, list[np.ndarray]] = {}  # by bytes
+        self._kept = 0
         # A block may come back in the middle of anything, when garbage is collected.
         self._lock = threading.RLock()
 
@@ -37,12 +38,8 @@ class Buffers:
         nbytes = n_values * dtype.itemsize + ALIGNMENT
         with self._lock:
             # A much larger one would be held back by what is small.
-            fitting = [block for block in self._free if nbytes <= block.nbytes <= 2 * nbytes]
-            block = min(fitting, key=lambda block: block.nbytes, default=None)
-            if block is not None:
-                self._free = [other for other in self._free if other is not block]
-        if block is None:
-            block = np.empty(nbytes, np.uint8)
+            fitting = [size for size in self._free if nbytes <= size <= 2 * nbytes]
+            block = self._remove(min(fitting)) if fitting else np.empty(nbytes, np.uint8)
         at = -block.ctypes.data % ALIGNMENT
         lent = block[at : at + n_values * dtype.itemsize]
         # The tensor's storage holds on to `lent`, and so does every view of it.
@@ -53,14 +50,23 @@ class Buffers:
         """Give the system what nobody uses."""
         with self._lock:
             self._free.clear()
+            self._kept = 0
 
     def _give_back(self, block: np.ndarray) -> None:
         if block.nbytes > self._limit:
             return
         with self._lock:
-            self._free.append(block)
-            while sum(kept.nbytes for kept in self._free) > self._limit:
-                self._free.pop(0)
+            self._free.setdefault(block.nbytes, []).append(block)
+            self._kept += block.nbytes
+            while self._kept > self._limit:
+                self._remove(next(iter(self._free)))
+
+    def _remove(self, size: int) -> np.ndarray:
+        block = self._free[size].pop()
+        self._kept -= size
+        if not self._free[size]:
+            del self._free[size]
+        return block
 
 
 BUFFERS = Buffers()

@@ -68,12 +68,14 @@ class FusedLayer(DynamicLayer):
         return self.length == 0
 
     def _show(self) -> None:
-        self.keys = self._keys[:, :, : self.length]
-        self.values = self._values[:, :, : self.length]
+        self.keys, self.values = self._first(self.length)
+
+    def _first(self, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keys.narrow(2, 0, n_slots), self._values.narrow(2, 0, n_slots)
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's keys and values as views, each of the buffers' shape up to ``n_prompt``."""
-        return self._keys[:, :, : self.n_prompt], self._values[:, :, : self.n_prompt]
+        return self._first(self.n_prompt)
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write keys and values, each ``(prompts, kv_heads, rows, head_dim)``, into these slots."""

@@ -20,16 +20,17 @@ def allocate(
     model: PreTrainedModel, n_prompt: int, capacity: int, n_prompts: int = 1
 ) -> FusedCache:
     """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
-    decoder = model.get_decoder()
+    decoder, dtype = model.get_decoder(), model.dtype  # which it looks for in all its weights
     shape = (n_prompts, *kv_shape(decoder, capacity)[1:])
     layers = []
     for layer, window in zip(decoder.layers, has_window(model), strict=True):
         device = next(layer.parameters()).device
         if device.type == "cpu":
-            both = BUFFERS.take(2 * math.prod(shape), model.dtype).view(2, *shape)
+            both = BUFFERS.take(2 * math.prod(shape), dtype).view(2, *shape)
         else:
-            both = torch.empty((2, *shape), dtype=model.dtype, device=device)
-        layers.append(FusedLayer(both[0], both[1], n_prompt, is_sliding=window))
+            both = torch.empty((2, *shape), dtype=dtype, device=device)
+        keys, values = both.unbind()
+        layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
     return FusedCache(layers)
 
 
@@ -62,4 +63,4 @@ def load_chunks(
         for start, kv in chunks:
             keys[:, :, start : start + kv.n_tokens] = kv.keys[index]
             values[:, :, start : start + kv.n_tokens] = kv.values[index]
-        rotate_(keys[:, :, :stop], cos, sin)
+        rotate_(keys[:, :, :stop], cos[:stop], sin[:stop])

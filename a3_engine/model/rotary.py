@@ -38,10 +38,10 @@ class Rotation:
     _last: list[Tables] = field(default_factory=list, repr=False, compare=False)
 
     def tables_up_to(self, n_tokens: int, devices: Sequence[torch.device]) -> Tables:
-        """:meth:`tables` for positions 0 to before ``n_tokens``; the last ones are remembered."""
+        """:meth:`tables` for positions 0 to ``n_tokens`` at least; the last ones are remembered."""
         for known in self._last:
             if len(known[0][0]) >= n_tokens and [cos.device for cos, _ in known] == devices:
-                return [(cos[:n_tokens], sin[:n_tokens]) for cos, sin in known]
+                return known
         tables = self.tables(torch.arange(n_tokens), devices)
         self._last[:] = [tables]
         return tables

@@ -95,7 +95,7 @@ class SafeDisk(diskcache.Disk):
         """
         path = self._inside(filename)
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.lstat().st_mode):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
                 raise UnsafeEntry("a file name that belongs to something other than a file")
         return path
 
@@ -103,12 +103,13 @@ class SafeDisk(diskcache.Disk):
         """The path of a name of ours whose folders are real folders of the store."""
         if not isinstance(filename, str) or not FILE_NAME.fullmatch(filename.replace(os.sep, "/")):
             raise UnsafeEntry("a file name outside the store")
-        path = Path(self._directory, filename)
-        for folder in (path.parent.parent, path.parent):
+        path = os.path.join(self._directory, filename)
+        folder = os.path.dirname(path)
+        for parent in (os.path.dirname(folder), folder):
             with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISDIR(folder.lstat().st_mode):
+                if not stat.S_ISDIR(os.lstat(parent).st_mode):
                     raise UnsafeEntry("a file name that leads outside the store")
-        return path
+        return Path(path)
 
     def files(self) -> set[str]:
         """Names of all payload files, whether the index knows them or not."""
