@@ -205,6 +205,8 @@ def answer(
         ended = time.perf_counter()
         if keeps and cache is not None:
             runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
+        if report.fused and runtime.library is not None:
+            runtime.library.mark_used(segment for _, segment in prompt.cached)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens

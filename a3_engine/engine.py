@@ -354,7 +354,10 @@ class A3Engine:
             Chunks of this model cannot be moved.
         """
         prompt = self.plan(request, chunks)
-        return prompt, assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
+        cache = assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
+        if self.runtime.library is not None:
+            self.runtime.library.mark_used(segment for _, segment in prompt.cached)
+        return prompt, cache
 
     def explain(self, response: object) -> Explanation:
         """Show which tokens were computed; see :func:`a3_engine.explain.explain`."""

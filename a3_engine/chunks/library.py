@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -68,6 +68,7 @@ class ChunkLibrary:
         self.catalogue = catalogue
         self.prefix_ids = prefix_ids
         self._decoder, self._rotation = decoder, rotation
+        self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
         self._engine, self._codec = engine, codec
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
@@ -103,6 +104,10 @@ class ChunkLibrary:
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
+
+    def mark_used(self, segments: Iterable[Segment]) -> None:
+        """Let the least recently used chunks be others; takes a write, so not before an answer."""
+        self.store.touch([self.header(segment).key for segment in segments])
 
     def store_all(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Compute and store segments; yields once for each that has become durable.
@@ -145,7 +150,10 @@ class ChunkLibrary:
         """What a segment is computed behind."""
         if segment.kind != "chunk" or not self.prefix_ids:
             return None
-        return self.fetch(Segment("prefix", self.prefix_ids)).kv
+        prefix = Segment("prefix", self.prefix_ids)
+        kv = self.fetch(prefix).kv
+        self.mark_used([prefix])
+        return kv
 
     def _compute(
         self, segments: Sequence[Segment], prefix: ChunkKV | None
@@ -176,5 +184,6 @@ class ChunkLibrary:
         behind = () if segment.kind == "prefix" else self.prefix_ids
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self._codec
-        shape = kv_shape(self._decoder, len(segment.ids))
-        return Header(key, self._engine, shape, str(self._decoder.dtype), codec)
+        layers, kv_heads, _, head_dim = self._shape
+        shape = (layers, kv_heads, len(segment.ids), head_dim)
+        return Header(key, self._engine, shape, self._dtype, codec)

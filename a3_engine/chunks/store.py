@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +40,9 @@ class ChunkStore(Protocol):
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that are stored."""
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """Count stored chunks as used last; reading alone does not."""
 
     def retag(self, tags: Mapping[str, str]) -> None:
         """Give stored chunks, by key, other tags; one of several documents has the last one's."""

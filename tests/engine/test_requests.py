@@ -129,6 +129,18 @@ def test_precomputing_twice_computes_once(tiny_engine, encoded):
     assert set(encoded.values()) == {1}
 
 
+def test_what_a_request_reads_counts_as_used_last(tiny_engine):
+    """So that a full store gives up what nobody asks for."""
+    engine = tiny_engine()
+    engine.precompute([LAMP, SHORE], progress=False)
+    library = engine.runtime.library
+    requests = [(engine.generate, LAMP), (engine.fuse, SHORE), (engine.generate, LAMP)]
+    for request, chunk in requests:
+        request(ASK, chunks=[chunk])
+        keys = [library.header(segment).key for _, segment in engine.plan(ASK, [chunk]).cached]
+        assert [row.key for row, _ in library.store.entries()][-len(keys) :] == keys
+
+
 def test_an_evicted_chunk_is_a_miss(tiny_engine):
     """Given as a chunk it is computed anew; in plain text it is not known any more."""
     engine = tiny_engine()

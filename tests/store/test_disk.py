@@ -106,11 +106,12 @@ def test_verify_removes_files_that_no_entry_names(store):
 
 
 def test_the_least_recently_used_chunks_go_first(tmp_path, store):
-    """When the limit is reached; a chunk that was just put, or just read, stays."""
+    """When the limit is reached; a chunk that was just put, or just used, stays."""
     one = store.put(payload(0, 200))
     small = DiskStore(tmp_path / "small", size_limit=100_000 + 6 * one)  # the index takes its part
     for seed in range(20):
         small.put(payload(seed, 200))
+        small.touch([header(0).key])
         assert holds(small, seed, 200)
         assert holds(small, 0, 200)
     kept = [

@@ -296,7 +296,7 @@ def test_reads_do_not_wait_for_a_locked_index(tmp_path):
 
 
 def test_the_order_of_use_survives_a_clock_that_jumps(tmp_path, monkeypatch):
-    """Back by a year: what is put and read from then on still counts as the last used."""
+    """Back by a year: what is put and used from then on still counts as the last used."""
     one = DiskStore(tmp_path / "size").put(payload(0, 200))
     store = DiskStore(tmp_path / "chunks", size_limit=100_000 + 4 * one)
     now = time.time()
@@ -304,6 +304,7 @@ def test_the_order_of_use_survives_a_clock_that_jumps(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now - 365 * 86400)
     for seed in range(1, 12):
         store.put(payload(seed, 200))
+        store.touch([header(0).key])
         assert holds(store, seed, 200)
         assert holds(store, 0, 200)
     store.close()

@@ -45,8 +45,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(seed=SEEDS)
     def get(self, seed: int) -> None:
         assert holds(self.store, seed, TOKENS) == (seed in self.model)
-        if seed in self.model:
-            self.model[seed] = self.model.pop(seed)
+
+    @rule(seeds=st.lists(SEEDS))
+    def touch(self, seeds: list[int]) -> None:
+        self.store.touch([header(seed).key for seed in seeds])
+        for seed in seeds:
+            if seed in self.model:
+                self.model[seed] = self.model.pop(seed)
 
     @rule(tag=st.sampled_from(["a", "b"]))
     def evict(self, tag: str) -> None:

@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import diskcache
@@ -104,7 +104,7 @@ class DiskStore:
             try:
                 with self._changing():
                     self._cache.set(payload.header.key, content, tag=tag)
-                    self._index.touch(payload.header.key)
+                    self._index.touch([payload.header.key])
                     self._index.make_room(self.size_limit)
             except (OSError, sqlite3.Error, diskcache.Timeout):
                 self._clean_up()
@@ -114,6 +114,14 @@ class DiskStore:
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         with self._errors("The index cannot be read in"):
             return {key for key in keys if self._index.contains(key)}
+
+    def touch(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        try:
+            self._index.touch(keys)
+        except sqlite3.Error as error:
+            logger.warning("The chunk store at %s cannot be written: %s.", self.directory, error)
 
     def retag(self, tags: Mapping[str, str]) -> None:
         if tags:

@@ -49,23 +49,21 @@ class Index:
 
     def find(self, key: str) -> Any:
         """The name of an entry's file; None where there is no entry."""
-        last = "access_time IS (SELECT max(access_time) FROM Cache)"
-        query = f"SELECT filename, {last} FROM Cache WHERE key = ? AND {OURS}"
-        filename, is_last = self._db.execute(query, (key,)).fetchone() or (None, True)
-        if not is_last:
-            self.touch(key)
+        query = f"SELECT filename FROM Cache WHERE key = ? AND {OURS}"
+        (filename,) = self._db.execute(query, (key,)).fetchone() or (None,)
         return filename
 
-    def touch(self, key: str) -> None:
-        """Mark an entry as the last used, unless another process is writing just now."""
-        db = self._db
+    def touch(self, keys: Sequence[str]) -> None:
+        """Mark entries as the last used, unless another process is writing just now."""
+        db, now = self._db, time.time()
         with contextlib.suppress(sqlite3.OperationalError):
             db.execute("PRAGMA busy_timeout = 0")
             try:
-                db.execute(
-                    f"UPDATE Cache SET access_time = {LATER} WHERE key = :key AND {OURS}",
-                    {"now": time.time(), "key": key},
-                )
+                with self.writing():
+                    db.executemany(
+                        f"UPDATE Cache SET access_time = {LATER} WHERE key = :key AND {OURS}",
+                        [{"now": now, "key": key} for key in keys],
+                    )
             finally:
                 db.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
 

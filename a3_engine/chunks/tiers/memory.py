@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,6 @@ class MemoryTier:
             payload = self._payloads.get(expected.key)
             if payload is None or payload.header != expected:
                 return None
-            self._payloads.move_to_end(expected.key)
             return payload
 
     def put(self, payload: Payload, tag: str | None = None) -> int:
@@ -50,6 +49,12 @@ class MemoryTier:
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         with self._lock:
             return set(keys) & self._payloads.keys()
+
+    def touch(self, keys: Sequence[str]) -> None:
+        with self._lock:
+            for key in keys:
+                if key in self._payloads:
+                    self._payloads.move_to_end(key)
 
     def retag(self, tags: Mapping[str, str]) -> None:
         pass

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
@@ -117,6 +117,9 @@ class RemoteTier:
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         wanted = list(keys)
         return self._call(lambda: self._blobs.contains(wanted), set())
+
+    def touch(self, keys: Sequence[str]) -> None:
+        pass
 
     def retag(self, tags: Mapping[str, str]) -> None:
         by_tag: dict[str, list[str]] = {}

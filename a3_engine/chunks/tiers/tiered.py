@@ -59,6 +59,10 @@ class TieredStore:
                 missing -= found
         return found
 
+    def touch(self, keys: Sequence[str]) -> None:
+        for tier in self._tiers:
+            tier.touch(keys)
+
     def retag(self, tags: Mapping[str, str]) -> None:
         for tier in self._tiers:
             tier.retag(tags)
