@@ -7,7 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine import native
@@ -91,8 +90,8 @@ def start(
     StoreError
         The folder cannot be used.
     """
-    if model.dtype == torch.bfloat16 and model.device.type == "cpu":
-        native.library()  # compiled now where it has to be, not during a request
+    if model.device.type == "cpu":
+        native.library(model.dtype)  # compiled now where it has to be, not during a request
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
     support = shared.computing.run(lambda: examine(model))

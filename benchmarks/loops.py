@@ -1,12 +1,13 @@
 """The loops in C++ beside torch's operations, a layer at a time, and a request with and without.
 
-`python benchmarks/loops.py` prints the tables of docs/performance.md, "Loops in C++"; it needs a
-machine on which the loops are compiled.
+`python benchmarks/loops.py [float32]` prints the tables of docs/performance.md, "Loops in C++", in
+bf16 unless told otherwise; it needs a machine on which the loops are compiled.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from a3_engine.model.rows import Ragged, Rows
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 9, 3, 64, 0.125  # the demo model's
 LAYERS = 6  # caches in turn, so that one token's do not stay in the processor
 ROUNDS = 9
+DTYPE: torch.dtype = getattr(torch, sys.argv[1] if sys.argv[1:] else "bfloat16")
 compiled = native.library
 
 
@@ -30,7 +32,7 @@ class Layer:
 
 def use(loops: bool) -> None:
     """From now on compute by the loops, or by torch."""
-    native.library = compiled if loops else lambda: None
+    native.library = compiled if loops else lambda dtype: None
 
 
 def both(call: Callable[[], object]) -> tuple[float, float]:
@@ -47,11 +49,11 @@ def both(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def states(n_tokens: int) -> torch.Tensor:
-    return torch.randn(1, KV_HEADS, n_tokens + 256, HEAD_DIM).bfloat16()[:, :, :n_tokens]
+    return torch.randn(1, KV_HEADS, n_tokens + 256, HEAD_DIM).to(DTYPE)[:, :, :n_tokens]
 
 
 def rows_over(positions: torch.Tensor, n_keys: int) -> str:
-    query = torch.randn(1, len(positions), HEADS, HEAD_DIM).bfloat16().transpose(1, 2)
+    query = torch.randn(1, len(positions), HEADS, HEAD_DIM).to(DTYPE).transpose(1, 2)
     key, value, rows = states(n_keys), states(n_keys), Rows(positions)
 
     def attend() -> torch.Tensor:
@@ -67,11 +69,11 @@ def rows_over(positions: torch.Tensor, n_keys: int) -> str:
         use(loops)
         errors.append(float((attend().double() - exact).norm() / exact.norm()))
     torch_ms, loops_ms = both(attend)
-    return f"{torch_ms:.1f} ms | {loops_ms:.1f} ms | {errors[0]:.4f}, {errors[1]:.4f}"
+    return f"{torch_ms:.1f} ms | {loops_ms:.1f} ms | {errors[0]:.2g}, {errors[1]:.2g}"
 
 
 def one_token(requests: int, n_keys: int) -> str:
-    query = torch.randn(requests, HEADS, 1, HEAD_DIM).bfloat16()
+    query = torch.randn(requests, HEADS, 1, HEAD_DIM).to(DTYPE)
     caches = [[[states(n_keys) for _ in range(requests)] for _ in "kv"] for _ in range(LAYERS)]
     ragged = Ragged()
 
@@ -86,7 +88,7 @@ def one_token(requests: int, n_keys: int) -> str:
 def requests() -> None:
     """Whole requests of 4,096 tokens: milliseconds, and tokens a second behind the first."""
     with TemporaryDirectory() as folder:
-        engine = A3Engine.from_pretrained("smollm2-135m-instruct", cache_dir=folder)
+        engine = A3Engine.from_pretrained("smollm2-135m-instruct", cache_dir=folder, dtype=DTYPE)
         chunks = chunk_texts(engine.runtime.planner, 4096, 512)
         engine.precompute(chunks, progress=False)
         for selector, ratio in (("full_reuse", 0.0), ("mend", 0.05), ("mend", 0.15)):
@@ -112,7 +114,7 @@ def requests() -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    if compiled() is None:
+    if compiled(DTYPE) is None:
         raise SystemExit("The loops cannot be compiled here; see docs/troubleshooting.md.")
     torch.manual_seed(0)
     late = (4143 - (torch.rand(1400).square() * 4144).long().unique()[:611]).sort().values

@@ -1,4 +1,4 @@
-"""Loops in C++ for CPUs that multiply bf16 by AVX512, with torch tensors as arguments."""
+"""Loops in C++ for CPUs with AVX512, with torch tensors as arguments."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ _Pointer, _Long = ctypes.c_void_p, ctypes.c_long
 def attends(
     query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 ) -> bool:
-    """Whether :func:`attend` takes these: bf16 on the CPU, each head's tokens side by side."""
+    """Whether :func:`attend` takes these: of one dtype on the CPU, a head's tokens side by side."""
     head_dim = query.shape[-1]
     return (
-        _is_ours(query)
-        and query.stride(-1) == 1
+        query.stride(-1) == 1
         and head_dim % 16 == 0
         and all(
-            _is_ours(key)
-            and _is_ours(value)
-            and key.stride()[1:] == value.stride()[1:]
-            and key.stride()[2:] == (head_dim, 1)
+            key.stride()[1:] == value.stride()[1:] and key.stride()[2:] == (head_dim, 1)
             for key, value in zip(keys, values, strict=True)
         )
-        and library() is not None
+        and _are_ours([query, *keys, *values])
     )
 
 
@@ -92,6 +88,7 @@ def attend(
     parts = torch.empty(tasks * splits * part, dtype=torch.float32)
     _run(
         "a3_attend",
+        query.dtype,
         query,
         _longs(query.stride()[:3]),
         _pointers(keys),
@@ -114,15 +111,10 @@ def attend(
 
 
 def places(chunks: Chunks, layers: Layers) -> bool:
-    """Whether :func:`place` takes these: bf16 on the CPU, without gaps between tokens."""
-    return (
-        all(
-            _is_ours(states) and states.is_contiguous()
-            for _, kv in chunks
-            for states in (kv.keys, kv.values)
-        )
-        and all(_is_ours(states) for layer in layers for states in layer)
-        and library() is not None
+    """Whether :func:`place` takes these: of one dtype on the CPU, without gaps between tokens."""
+    stored = [states for _, kv in chunks for states in (kv.keys, kv.values)]
+    return all(states.is_contiguous() for states in stored) and _are_ours(
+        [*stored, *(states for layer in layers for states in layer)]
     )
 
 
@@ -142,6 +134,7 @@ def place(
     n_layers, kv_heads, _, head_dim = chunks[0][1].keys.shape
     _run(
         "a3_place",
+        layers[0][0].dtype,
         _pointers([kv.keys for _, kv in chunks]),
         _pointers([kv.values for _, kv in chunks]),
         _longs([start for start, _ in chunks]),
@@ -156,12 +149,17 @@ def place(
     )
 
 
-def _is_ours(states: torch.Tensor) -> bool:
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
+def _are_ours(states: Sequence[torch.Tensor]) -> bool:
+    """Whether there are loops for them, of one dtype."""
+    dtype = states[0].dtype
+    return (
+        all(each.dtype == dtype and each.device.type == "cpu" for each in states)
+        and library(dtype) is not None
+    )
 
 
-def _run(name: str, *arguments: object) -> None:
-    loops = library()
+def _run(name: str, dtype: torch.dtype, *arguments: object) -> None:
+    loops = library(dtype)
     assert loops is not None
     loops[name](
         *(

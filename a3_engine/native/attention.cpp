@@ -1,15 +1,15 @@
-// Attention of bf16 rows over the keys that each of them sees, with scores and sums in fp32.
+// Attention of rows over the keys that each of them sees, with scores and sums in fp32.
 //
 // Keys and values are taken tile by tile, as in FlashAttention: a row's sums so far are scaled
 // down whenever a tile shows it a higher score. For many rows a tile is packed once into the order
-// that AVX512-BF16 multiplies; for few rows packing would take longer than reading.
+// in which it is multiplied, word by word; for few rows packing would take longer than reading.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 
-#include "bf16.h"
+#include "element.h"
 
 namespace a3 {
 namespace {
@@ -46,51 +46,47 @@ void transpose(__m512i (&x)[16]) {
   }
 }
 
-// keys[n][dim] as packed[dim / 2][kTile][2]; what the tile lacks becomes zero.
-void pack_keys(const bf16* keys, long n, long dim, bf16* packed) {
+// keys[n][dim] as packed[words of dim][kTile]; what the tile lacks becomes zero.
+void pack_keys(const element* keys, long n, long dim, word* packed) {
+  const long words = dim / kPerWord;
   for (long at = 0; at < kTile; at += 16)
-    for (long d = 0; d < dim; d += 32) {
-      const __mmask16 pairs = lanes((dim - d) / 2);
+    for (long w = 0; w < words; w += 16) {
+      const __mmask16 some = lanes(words - w);
       __m512i x[16];
       for (int i = 0; i < 16; ++i)
-        x[i] = at + i < n ? _mm512_maskz_loadu_epi32(pairs, keys + (at + i) * dim + d)
+        x[i] = at + i < n ? _mm512_maskz_loadu_epi32(some, keys + (at + i) * dim + w * kPerWord)
                           : _mm512_setzero_si512();
       transpose(x);
-      for (int i = 0; i < 16 && d + 2 * i < dim; ++i)
-        _mm512_storeu_si512(packed + 2 * ((d / 2 + i) * kTile + at), x[i]);
+      for (int i = 0; i < 16 && w + i < words; ++i)
+        _mm512_storeu_si512(packed + (w + i) * kTile + at, x[i]);
     }
 }
 
-// values[n][dim] as packed[kTile / 2][dim][2].
-void pack_values(const bf16* values, long n, long dim, bf16* packed) {
-  const __m512i zip = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
-                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const auto load = [&](long row, long d) {
-    return row < n ? _mm512_castsi256_si512(
-                         _mm256_loadu_si256((const __m256i*)(values + row * dim + d)))
-                   : _mm512_setzero_si512();
-  };
-  for (long row = 0; row < kTile; row += 2)
-    for (long d = 0; d < dim; d += 16)
-      _mm512_storeu_si512(packed + row * dim + 2 * d,
-                          _mm512_permutex2var_epi16(load(row, d), zip, load(row + 1, d)));
+// values[n][dim] as packed[words of kTile][dim].
+void pack_values(const element* values, long n, long dim, word* packed) {
+  for (long at = 0; at < kTile; at += kPerWord)
+    for (long d = 0; d < dim; d += 16) {
+      __m512 rows[kPerWord];
+      for (long i = 0; i < kPerWord; ++i)
+        rows[i] = widen(values + (at + i) * dim + d, at + i < n ? kAll : 0);
+      _mm512_storeu_si512(packed + at / kPerWord * dim + d, zip(rows));
+    }
 }
 
-// c[R][16 C] += a[R][2 pairs] * b[pairs][ldb][2], with all but c in bf16.
+// c[R][16 C] += a[R][words] * b[words][ldb].
 template <int R, int C>
-void multiply(const bf16* a, long lda, const bf16* b, long ldb, long pairs, float* c, long ldc) {
+void multiply(const element* a, long lda, const word* b, long ldb, long words, float* c, long ldc) {
   __m512 sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) sums[r][j] = _mm512_loadu_ps(c + r * ldc + 16 * j);
-  for (long p = 0; p < pairs; ++p) {
-    __m512bh right[C];
-    for (int j = 0; j < C; ++j)
-      right[j] = (__m512bh)_mm512_loadu_si512(b + 2 * (p * ldb + 16 * j));
+  for (long w = 0; w < words; ++w) {
+    __m512i right[C];
+    for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + w * ldb + 16 * j);
     for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * lda + 2 * p, sizeof pair);
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-      for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], left, right[j]);
+      word one;
+      std::memcpy(&one, a + r * lda + w * kPerWord, sizeof one);
+      const __m512i left = _mm512_set1_epi32(one);
+      for (int j = 0; j < C; ++j) sums[r][j] = add_product(sums[r][j], left, right[j]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -101,7 +97,7 @@ void multiply(const bf16* a, long lda, const bf16* b, long ldb, long pairs, floa
 
 // scores[R][kTile] += a[R][16 C] * keys[n][16 C], with rows of a and of the keys `dim` apart.
 template <int R, int C>
-void score(const bf16* a, const bf16* keys, long n, long dim, float* scores) {
+void score(const element* a, const element* keys, long n, long dim, float* scores) {
   __m512 rows[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) rows[r][j] = widen(a + r * dim + 16 * j);
@@ -118,7 +114,7 @@ void score(const bf16* a, const bf16* keys, long n, long dim, float* scores) {
 
 // sums[R][16 C] += weights[R][kTile] * values[n][16 C], with rows of sums and values `dim` apart.
 template <int R, int C>
-void gather(const float* weights, const bf16* values, long n, long dim, float* sums) {
+void gather(const float* weights, const element* values, long n, long dim, float* sums) {
   __m512 sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) sum[r][j] = _mm512_loadu_ps(sums + r * dim + 16 * j);
@@ -155,21 +151,28 @@ void by_columns(int rows, long columns, Use use) {
 
 // ---- softmax ----
 
-// 2^x for x <= 0, and zero below the smallest normal number. The polynomial is Taylor's with its
-// last coefficient fitted: relative error below 1e-5 on [-0.5, 0.5], that of bf16 is 4e-3.
+// Of Taylor's polynomial for 2^x, the highest power's first; that of four powers has its last
+// fitted. The relative error on [-0.5, 0.5] is 2e-7 for fp32; below 1e-5 for bf16, whose own is 4e-3.
+#ifdef A3_FP32
+constexpr float kPowers[] = {1.540353e-4f, 1.3333558e-3f, 9.618129e-3f, 5.5504109e-2f,
+                             2.4022651e-1f, 6.9314718e-1f, 1.0f};
+#else
+constexpr float kPowers[] = {9.570e-3f, 5.5917e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f};
+#endif
+
+// 2^x for x <= 0, and zero below the smallest normal number.
 __m512 exp2(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 part = _mm512_sub_ps(x, whole);
-  __m512 sum = _mm512_set1_ps(9.570e-3f);
-  for (float factor : {5.5917e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(factor));
+  __m512 sum = _mm512_setzero_ps();
+  for (float factor : kPowers) sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(factor));
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_GE_OQ), sum,
                                 whole);
 }
 
 // One row of a tile: of its scores those from `first` to before `last` become weights relative to
-// the row's highest score so far, in fp32 and in bf16. Returns what earlier sums shrink by.
-float weigh(float* scores, bf16* weights, long first, long last, float scale, float& highest,
+// the row's highest score so far, in fp32 and as elements. Returns what earlier sums shrink by.
+float weigh(float* scores, element* weights, long first, long last, float scale, float& highest,
             float& total) {
   if (first > 0 || last < kTile) {
     std::fill(scores, scores + first, kHidden);
@@ -197,22 +200,22 @@ float weigh(float* scores, bf16* weights, long first, long last, float scale, fl
 
 // Rows of several sequences, each over its own sequence's keys.
 //
-// query, output  bf16 [sequences][heads][rows][dim], by the strides of sequence, head and row;
+// query, output  [sequences][heads][rows][dim], by the strides of sequence, head and row;
 //                dim is a multiple of 16
-// keys, values   of each sequence, bf16 [kv_heads][n][dim], heads `stride[sequence]` apart
+// keys, values   of each sequence, [kv_heads][n][dim], heads `stride[sequence]` apart
 // first, last    [sequences][rows]: a row sees the keys from first to before last, at least one
 // shared_...     where n_shared > 0, keys and values [kv_heads][n_shared][dim] of each sequence,
 //                gathered; of these a row sees the first counts[sequence][row] too
 // block          rows that a task takes, with all heads that share its keys
 // splits         parts that a task's keys are cut into, where there are few tasks
 // parts          room for all tasks' sums: group * min(block, rows) * (dim + 2) for each part
-extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf16* const* keys,
-                          const bf16* const* values, const long* stride, const int64_t* first,
-                          const int64_t* last, const bf16* const* shared_keys,
-                          const bf16* const* shared_values, const int64_t* counts, long n_shared,
+extern "C" void a3_attend(const element* query, const long* query_strides, const element* const* keys,
+                          const element* const* values, const long* stride, const int64_t* first,
+                          const int64_t* last, const element* const* shared_keys,
+                          const element* const* shared_values, const int64_t* counts, long n_shared,
                           long sequences, long heads, long kv_heads, long rows,
                           long dim, float scaling, long block, long splits, long threads,
-                          float* parts, bf16* output, const long* output_strides) {
+                          float* parts, element* output, const long* output_strides) {
   using namespace a3;
   const long group = heads / kv_heads, blocks = (rows + block - 1) / block;
   const long most = group * std::min(block, rows), wholes = sequences * kv_heads * blocks;
@@ -234,11 +237,12 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
 
 #pragma omp parallel num_threads(threads)
   {
-    std::unique_ptr<bf16[]> packed_keys(new bf16[kTile * dim]), packed_values(new bf16[kTile * dim]);
-    std::unique_ptr<bf16[]> left(new bf16[most * dim]);
+    const long words = kTile * dim / kPerWord;
+    std::unique_ptr<word[]> packed_keys(new word[words]), packed_values(new word[words]);
+    std::unique_ptr<element[]> left(new element[most * dim]);
     std::unique_ptr<int64_t[]> starts(new int64_t[most]), stops(new int64_t[most]);
     alignas(64) float scores[kRows * kTile];
-    alignas(64) bf16 weights[kRows * kTile];
+    alignas(64) element weights[kRows * kTile];
 
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < wholes * splits; ++task) {
@@ -248,7 +252,7 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
         const long row = whole.sequence * rows + whole.row + i % whole.count;
         starts[i] = first[row], stops[i] = last[row];
         std::memcpy(left.get() + i * dim, query + offset(query_strides, whole, i),
-                    dim * sizeof(bf16));
+                    dim * sizeof(element));
       }
       float* const sums = parts + task * part;
       float *const highest = sums + most * dim, *const totals = highest + most;
@@ -258,13 +262,13 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
 
       const bool few = n <= kRows;
       // Row i sees the keys from starts[i] to before stops[i] of this head's.
-      const auto attend = [&](const bf16* head_keys, const bf16* head_values) {
+      const auto attend = [&](const element* head_keys, const element* head_values) {
         const int64_t begin = *std::min_element(starts.get(), starts.get() + n);
         const int64_t end = *std::max_element(stops.get(), stops.get() + n);
         const long tiles = (end - begin + kTile - 1) / kTile;
         for (long tile = split * tiles / splits; tile < (split + 1) * tiles / splits; ++tile) {
           const int64_t from = begin + tile * kTile, here = std::min<int64_t>(kTile, end - from);
-          const bf16 *const some_keys = head_keys + from * dim,
+          const element *const some_keys = head_keys + from * dim,
                      *const some_values = head_values + from * dim;
           bool packed = false;
           for (long i = 0; i < n; i += kRows) {
@@ -284,8 +288,8 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
               });
             else
               by_columns(count, kTile, [&](const Loops& loops, long key) {
-                loops.multiply(left.get() + i * dim, dim, packed_keys.get() + 2 * key, kTile,
-                               dim / 2, scores + key, kTile);
+                loops.multiply(left.get() + i * dim, dim, packed_keys.get() + key, kTile,
+                               dim / kPerWord, scores + key, kTile);
               });
             for (int r = 0; r < count; ++r) {
               const int64_t seen = std::clamp<int64_t>(starts[i + r] - from, 0, here);
@@ -305,7 +309,7 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
               if (few)
                 loops.gather(scores, some_values + d, here, dim, sums + d);
               else
-                loops.multiply(weights, kTile, packed_values.get() + 2 * d, dim, kTile / 2,
+                loops.multiply(weights, kTile, packed_values.get() + d, dim, kTile / kPerWord,
                                sums + i * dim + d, dim);
             });
           }
@@ -333,7 +337,7 @@ extern "C" void a3_attend(const bf16* query, const long* query_strides, const bf
         for (long s = 0; s < splits; ++s) top = std::max(top, highest[s * part]);
         for (long s = 0; s < splits; ++s)
           total += totals[s * part] * std::exp2((highest[s * part] - top) * scale);
-        bf16* const to = output + offset(output_strides, whole, i);
+        element* const to = output + offset(output_strides, whole, i);
         for (long d = 0; d < dim; d += 16) {
           __m512 sum = _mm512_setzero_ps();
           for (long s = 0; s < splits; ++s) {

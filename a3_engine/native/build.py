@@ -1,9 +1,8 @@
-"""The C++ beside this file as a library, compiled once a user and version.
+"""The C++ beside this file as libraries, compiled once a user, version and dtype.
 
-torch has no quick operation for a few loops: attention of one token over a long bf16 cache, of
-scattered rows, and turning keys while they are copied. On Linux, where the CPU multiplies bf16 by
-AVX512 and there is a `g++`, they are compiled on first use; anywhere else torch's operations do the
-same, more slowly.
+torch has no quick operation for a few loops: attention of one token over a long cache, of scattered
+rows, and turning keys while they are copied. On Linux, where the CPU has AVX512 and there is a
+`g++`, they are compiled on first use; anywhere else torch's operations do the same, more slowly.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "A3_NATIVE"  # set to 0, everything is left to torch
 SOURCES = ("attention.cpp", "placing.cpp")
-HEADERS = ("bf16.h",)
+HEADERS = ("element.h",)
 FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
-    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 )
 TIMEOUT_S = 120
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled loops; None where they cannot be had, which is logged."""
-    if os.environ.get(SWITCH) == "0" or not _fits_machine():
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled loops for states of this dtype; None where they cannot be had: it is logged."""
+    if os.environ.get(SWITCH) == "0" or not _fits_machine(dtype):
         return None
     # Another compiler's OpenMP would bring threads of its own, beside torch's.
     compiler = shutil.which("g++")
@@ -45,26 +44,33 @@ def library() -> ctypes.CDLL | None:
         logger.info("There is no g++: attention is left to torch, which is slower on this CPU.")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_compiled(compiler, _flags(dtype))))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("The native loops cannot be used, so attention is left to torch: %s", detail)
         return None
 
 
-def _fits_machine() -> bool:
-    """Whether the loops were written for it. With AMX, torch's own products are another matter."""
-    on_linux = sys.platform == "linux"
+def _fits_machine(dtype: torch.dtype) -> bool:
+    """Whether the loops were written for it. With AMX, torch's own bf16 products are faster."""
+    if sys.platform != "linux" or not torch.cpu._is_avx512_supported():
+        return False
     amx = torch.cpu._is_amx_tile_supported()
-    return on_linux and torch.cpu._is_avx512_bf16_supported() and not amx
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not amx)
 
 
-def _compiled(compiler: str) -> Path:
+def _flags(dtype: torch.dtype) -> tuple[str, ...]:
+    if dtype == torch.float32:
+        return (*FLAGS, "-DA3_FP32")
+    return (*FLAGS, "-mavx512bf16") if torch.cpu._is_avx512_bf16_supported() else FLAGS
+
+
+def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
     here = Path(__file__).parent
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S
     ).stdout
-    hasher = hashlib.sha256(f"{version} {FLAGS}".encode())
+    hasher = hashlib.sha256(f"{version} {flags}".encode())
     for name in SOURCES + HEADERS:
         hasher.update((here / name).read_bytes())
     folder = user_cache_path("a3") / "native"
@@ -79,7 +85,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
         subprocess.run(
-            [compiler, *FLAGS, "-o", str(made), *(str(here / name) for name in SOURCES)],
+            [compiler, *flags, "-o", str(made), *(str(here / name) for name in SOURCES)],
             check=True,
             capture_output=True,
             text=True,

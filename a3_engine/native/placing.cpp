@@ -1,53 +1,57 @@
 // Stored chunks into a cache, read once: their keys are turned on the way.
 
-#include "bf16.h"
+#include "element.h"
 
 namespace {
 
+constexpr long kVector = sizeof(__m512i) / sizeof(element);
+constexpr int kParts = kVector / 16;
+
+__mmask64 bytes(long count) {
+  return count >= kVector ? ~__mmask64{0} : (__mmask64{1} << count * sizeof(element)) - 1;
+}
+
 // A cache is larger than what a processor keeps at hand: written past it, memory is not read first.
-void put(bf16* to, __m512i values, __mmask32 some) {
-  if (some == a3::kPair && reinterpret_cast<uintptr_t>(to) % sizeof(values) == 0)
+void put(element* to, __m512i values, long count) {
+  if (count >= kVector && reinterpret_cast<uintptr_t>(to) % sizeof(values) == 0)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), values);
   else
-    _mm512_mask_storeu_epi16(to, some, values);
+    _mm512_mask_storeu_epi8(to, bytes(count), values);
 }
 
-void copy(const bf16* from, long count, bf16* to) {
-  for (long at = 0; at < count; at += 32) {
-    const __mmask32 some = a3::pair_lanes(count - at);
-    put(to + at, _mm512_maskz_loadu_epi16(some, from + at), some);
-  }
+void copy(const element* from, long count, element* to) {
+  for (long at = 0; at < count; at += kVector)
+    put(to + at, _mm512_maskz_loadu_epi8(bytes(count - at), from + at), count - at);
 }
 
-void turn(const bf16* key, const float* cosine, const float* sine, long half, bf16* to) {
-  for (long at = 0; at < half; at += 32) {
-    const __mmask32 some = a3::pair_lanes(half - at);
-    __m512 first[2], second[2];
-    for (long part = 0; part < 2; ++part) {
+void turn(const element* key, const float* cosine, const float* sine, long half, element* to) {
+  for (long at = 0; at < half; at += kVector) {
+    __m512 first[kParts], second[kParts];
+    for (int part = 0; part < kParts; ++part) {
       const long d = at + 16 * part;
-      const __mmask16 mask = some >> 16 * part;
-      const __m512 c = _mm512_maskz_loadu_ps(mask, cosine + d);
-      const __m512 s = _mm512_maskz_loadu_ps(mask, sine + d);
-      const __m512 one = a3::widen(key + d, mask), other = a3::widen(key + half + d, mask);
+      const __mmask16 some = d < half ? a3::lanes(half - d) : 0;
+      const __m512 c = _mm512_maskz_loadu_ps(some, cosine + d);
+      const __m512 s = _mm512_maskz_loadu_ps(some, sine + d);
+      const __m512 one = a3::widen(key + d, some), other = a3::widen(key + half + d, some);
       first[part] = _mm512_fnmadd_ps(other, s, _mm512_mul_ps(one, c));
       second[part] = _mm512_fmadd_ps(one, s, _mm512_mul_ps(other, c));
     }
-    put(to + at, a3::pack(first[0], first[1]), some);
-    put(to + half + at, a3::pack(second[0], second[1]), some);
+    put(to + at, a3::join(first), half - at);
+    put(to + half + at, a3::join(second), half - at);
   }
 }
 
 }  // namespace
 
-// keys, values        of each chunk, bf16 [layers][heads][tokens][dim]
+// keys, values        of each chunk, [layers][heads][tokens][dim]
 // start, tokens       of each chunk
 // to_keys, to_values  the cache's layers, from position 0 on; heads `stride[layer]` apart
-// cosines, sines      fp32 [positions][half] of each layer
-extern "C" void a3_place(const bf16* const* keys, const bf16* const* values, const long* start,
-                         const long* tokens, long chunks, bf16* const* to_keys,
-                         bf16* const* to_values, const long* stride, const float* const* cosines,
-                         const float* const* sines, long layers, long heads, long dim, long half,
-                         long threads) {
+// cosines, sines      of each layer, fp32 [positions][half]; 2 half <= dim, the rest is not turned
+extern "C" void a3_place(const element* const* keys, const element* const* values,
+                         const long* start, const long* tokens, long chunks,
+                         element* const* to_keys, element* const* to_values, const long* stride,
+                         const float* const* cosines, const float* const* sines, long layers,
+                         long heads, long dim, long half, long threads) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for collapse(3) schedule(dynamic, 4) nowait
@@ -58,8 +62,8 @@ extern "C" void a3_place(const bf16* const* keys, const bf16* const* values, con
           const long to = head * stride[layer] + start[chunk] * dim;
           copy(values[chunk] + from, n * dim, to_values[layer] + to);
           for (long token = 0; token < n; ++token) {
-            const bf16* key = keys[chunk] + from + token * dim;
-            bf16* turned = to_keys[layer] + to + token * dim;
+            const element* key = keys[chunk] + from + token * dim;
+            element* turned = to_keys[layer] + to + token * dim;
             const long angle = (start[chunk] + token) * half;
             turn(key, cosines[layer] + angle, sines[layer] + angle, half, turned);
             copy(key + 2 * half, dim - 2 * half, turned + 2 * half);

@@ -10,8 +10,15 @@ from a3_engine.chunks.kv import ChunkKV
 from a3_engine.model.rotary import rotate_
 from a3_engine.native import build
 
-needs_loops = pytest.mark.skipif(native.library() is None, reason="this machine has no such loops")
-ROUNDING = 0.004  # of bf16
+DTYPES = (torch.bfloat16, torch.float32)
+ROUNDING = {torch.bfloat16: 0.004, torch.float32: 1e-6}
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    if native.library(request.param) is None:
+        pytest.skip("this machine has no such loops")
+    return request.param
 
 
 def reference(query, key, value, sees, scaling):
@@ -22,21 +29,22 @@ def reference(query, key, value, sees, scaling):
     return scores.softmax(-1) @ value
 
 
-def buffer(kv_heads, tokens, head_dim, spare):
+def buffer(dtype, kv_heads, tokens, head_dim, spare):
     """Keys or values in a cache with room, as a view."""
-    return torch.randn(1, kv_heads, tokens + spare, head_dim).bfloat16()[:, :, :tokens]
+    return torch.randn(1, kv_heads, tokens + spare, head_dim).to(dtype)[:, :, :tokens]
 
 
-@needs_loops
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rows", "head_dim", "tokens"),
     [(9, 3, 130, 64, 1100), (8, 2, 3, 128, 700), (4, 4, 33, 80, 300), (4, 1, 1, 96, 130)],
 )
-def test_rows_see_what_they_may(heads, kv_heads, rows, head_dim, tokens, window):
+def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, tokens, window):
     torch.manual_seed(0)
-    query = torch.randn(2, rows, heads, head_dim).bfloat16().transpose(1, 2)
-    keys, values = ([buffer(kv_heads, tokens, head_dim, spare) for spare in (0, 7)] for _ in "kv")
+    query = torch.randn(2, rows, heads, head_dim).to(dtype).transpose(1, 2)
+    keys, values = (
+        [buffer(dtype, kv_heads, tokens, head_dim, spare) for spare in (0, 7)] for _ in "kv"
+    )
     at = torch.randperm(tokens)[:rows].sort().values
     last = at + 1
     first = (last - window).clamp(min=0) if window else torch.zeros_like(last)
@@ -47,14 +55,13 @@ def test_rows_see_what_they_may(heads, kv_heads, rows, head_dim, tokens, window)
     for place in range(2):
         expected = reference(query[place], keys[place][0], values[place][0], sees, 0.2)
         got = output[place].transpose(0, 1).double()
-        assert (got - expected).norm() <= ROUNDING * expected.norm()
+        assert (got - expected).norm() <= ROUNDING[dtype] * expected.norm()
 
 
-@needs_loops
-def test_shared_keys_are_seen_beside_the_own_ones():
+def test_shared_keys_are_seen_beside_the_own_ones(dtype):
     torch.manual_seed(0)
-    query = torch.randn(1, 4, 90, 64).bfloat16()
-    key, value = (buffer(2, 900, 64, 5) for _ in "kv")
+    query = torch.randn(1, 4, 90, 64).to(dtype)
+    key, value = (buffer(dtype, 2, 900, 64, 5) for _ in "kv")
     last = torch.randperm(900)[:90].sort().values + 1
     first = (last - 50).clamp(min=0)
     shared = torch.randperm(900)[:200].sort().values
@@ -63,29 +70,27 @@ def test_shared_keys_are_seen_beside_the_own_ones():
     sees = (where < last[:, None]) & ((where >= first[:, None]) | torch.isin(where, shared))
     expected = reference(query[0], key[0], value[0], sees, 0.125)
     got = output[0].transpose(0, 1).double()
-    assert (got - expected).norm() <= ROUNDING * expected.norm()
+    assert (got - expected).norm() <= ROUNDING[dtype] * expected.norm()
 
 
-@needs_loops
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(dtype):
     """The highest comes last, so that all sums before it are scaled down."""
-    query = torch.full((1, 1, 1, 16), 8.0).bfloat16()
-    key = torch.linspace(-8, 8, 400)[None, None, :, None].expand(1, 1, 400, 16).bfloat16()
-    value = torch.arange(400.0)[None, None, :, None].expand(1, 1, 400, 16).bfloat16()
+    query = torch.full((1, 1, 1, 16), 8.0).to(dtype)
+    key = torch.linspace(-8, 8, 400)[None, None, :, None].expand(1, 1, 400, 16).to(dtype)
+    value = torch.arange(400.0)[None, None, :, None].expand(1, 1, 400, 16).to(dtype)
     whole = torch.tensor([[0]]), torch.tensor([[400]])
     output = native.attend(query, [key.contiguous()], [value.contiguous()], *whole, 10.0)
     assert torch.equal(output, value[:, :, -1:].transpose(1, 2))
 
 
-@needs_loops
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (40, 20), (64, 8)])
-def test_chunks_are_placed_as_by_torch(head_dim, half):
+def test_chunks_are_placed_as_by_torch(dtype, head_dim, half):
     torch.manual_seed(0)
     chunks = [
-        (start, ChunkKV(*(torch.randn(2, 3, n_tokens, head_dim).bfloat16() for _ in "kv")))
+        (start, ChunkKV(*(torch.randn(2, 3, n_tokens, head_dim).to(dtype) for _ in "kv")))
         for start, n_tokens in ((30, 50), (83, 5))
     ]
-    cache = [tuple(torch.zeros(3, 90, head_dim).bfloat16() for _ in "kv") for _ in range(2)]
+    cache = [tuple(torch.zeros(3, 90, head_dim).to(dtype) for _ in "kv") for _ in range(2)]
     angles = [torch.rand(90, half) * 6 for _ in range(2)]
     tables = [(angle.cos(), angle.sin()) for angle in angles]
     assert native.places(chunks, cache)
@@ -98,23 +103,31 @@ def test_chunks_are_placed_as_by_torch(head_dim, half):
             moved = kv.keys[layer].clone()
             rotate_(moved, *(table[part] for table in tables[layer]))
             # fp32 products may be fused: a sum may round to the neighbour.
-            torch.testing.assert_close(keys[:, part], moved, rtol=2**-7, atol=1e-3)
+            rounding = ROUNDING[dtype]
+            torch.testing.assert_close(keys[:, part], moved, rtol=2 * rounding, atol=rounding)
             assert torch.equal(values[:, part], kv.values[layer])
     assert not any(states[:, free].any() for layer in cache for states in layer)
 
 
-def test_other_states_are_left_to_torch():
+def test_other_states_are_left_to_torch(dtype):
     key = torch.randn(1, 2, 10, 16)
-    assert not native.attends(key, [key], [key])
-    apart = torch.randn(1, 10, 2, 16).bfloat16().transpose(1, 2)  # heads' tokens not side by side
+    assert not native.attends(key.half(), [key.half()], [key.half()])
+    assert not native.attends(key.to(dtype), [key.half()], [key.half()])
+    apart = torch.randn(1, 10, 2, 16).to(dtype).transpose(1, 2)  # heads' tokens not side by side
     assert not native.attends(apart, [apart], [apart])
-    odd = torch.randn(1, 2, 10, 24).bfloat16()
+    odd = torch.randn(1, 2, 10, 24).to(dtype)
     assert not native.attends(odd, [odd], [odd])
 
 
-def test_it_can_be_switched_off(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_have_no_loops(dtype):
+    assert build.library.__wrapped__(dtype) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_can_be_switched_off(monkeypatch, dtype):
     monkeypatch.setenv(build.SWITCH, "0")
-    assert build.library.__wrapped__() is None
+    assert build.library.__wrapped__(dtype) is None
 
 
 @pytest.mark.parametrize("compiler", ["none", "broken"])
@@ -123,33 +136,31 @@ def test_without_a_working_compiler_torch_computes(compiler, tmp_path, monkeypat
         (tmp_path / "g++").write_text("#!/bin/sh\necho no such option >&2; exit 1\n")
         (tmp_path / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(build, "_fits_machine", lambda: True)
+    monkeypatch.setattr(build, "_fits_machine", lambda dtype: True)
     with caplog.at_level(logging.INFO):
-        assert build.library.__wrapped__() is None
+        assert build.library.__wrapped__(torch.float32) is None
     assert "torch" in caplog.text
 
 
-@needs_loops
-def test_only_a_library_that_nobody_else_can_write_is_loaded(tmp_path, monkeypatch):
+def test_only_a_library_that_nobody_else_can_write_is_loaded(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
-    path = build._compiled("g++")
+    flags = build._flags(dtype)
+    path = build._compiled("g++", flags)
     made = path.stat().st_ino
-    assert build._compiled("g++") == path
+    assert build._compiled("g++", flags) == path
     assert path.stat().st_ino == made
     for open_to_all in (path, path.parent):
         mode = open_to_all.stat().st_mode
         open_to_all.chmod(mode | 0o002)
         with pytest.raises(OSError, match="others"):
-            build._compiled("g++")
+            build._compiled("g++", flags)
         open_to_all.chmod(mode)
     monkeypatch.setattr(build.os, "getuid", lambda: 12345)
     with pytest.raises(OSError, match="others"):
-        build._compiled("g++")
+        build._compiled("g++", flags)
 
 
-@needs_loops
-def test_other_flags_make_another_library(tmp_path, monkeypatch):
+def test_other_flags_make_another_library(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
-    path = build._compiled("g++")
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    assert build._compiled("g++") != path
+    flags = build._flags(dtype)
+    assert build._compiled("g++", flags) != build._compiled("g++", (*flags, "-g"))
