@@ -45,8 +45,8 @@ def test_lower_layers_see_everything(tiny_engine, name):
     """Above them the keys and values differ, for those are made of what was seen below."""
     engine = tiny_engine(name)
     prompt = build_prompt(engine, SHAPE)
-    near = run(engine, prompt, Mend(ratio=0.5, narrow=(), repair=None, long_tokens=1))
-    whole = run(engine, prompt, Mend(ratio=0.5, narrow=(), repair=None))
+    near = run(engine, prompt, Mend(ratio=0.1, narrow=(), repair=None, long_tokens=1))
+    whole = run(engine, prompt, Mend(ratio=0.1, narrow=(), repair=None))
     n_layers = len(whole.layers)
     first = Mend(long_tokens=1).near_from(n_layers, 1000)
     assert 0 < first < n_layers
