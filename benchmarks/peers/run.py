@@ -116,9 +116,15 @@ def systems(options: argparse.Namespace, model: Path) -> list[System]:
     def ours(dtype: str) -> tuple[str, ...]:
         return sys.executable, str(HERE / "a3.py"), str(model), "--dtype", dtype
 
-    cached = (sys.executable, str(HERE / "transformers_cache.py"), str(model))
+    cached = (
+        sys.executable,
+        str(HERE / "transformers_cache.py"),
+        str(model),
+        "--dtype",
+        options.dtype,
+    )
     methods = ["full_prefill", "full_reuse", *options.methods.split(",")]
-    found = [System(method, ours("bfloat16"), method) for method in methods]
+    found = [System(method, ours(options.dtype), method) for method in methods]
     found.append(System("full_prefill-fp32", ours("float32"), "full_prefill"))
     found.append(System("transformers-prefix", cached))
     if options.llama_cpp:
@@ -153,7 +159,8 @@ def main() -> None:
     parser.add_argument("--openvino-model", metavar="FOLDER", help="the demo model as OpenVINO IR")
     parser.add_argument("--kvboost", metavar="PYTHON", help="interpreter with kvboost")
     parser.add_argument("--methods", default="mend@0.15,mend@0.05", help="of ours, with ratios")
-    parser.add_argument("--only", metavar="NAMES", help="these systems, and full_prefill in bf16")
+    parser.add_argument("--only", metavar="NAMES", help="these systems, and full_prefill")
+    parser.add_argument("--dtype", default="bfloat16", help="ours and transformers'")
     parser.add_argument("--context", type=int, default=4096, help="tokens")
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3, help="behind the one to warm up")
