@@ -19,6 +19,9 @@ constexpr int kRows = 6;     // by 4 vectors of columns: 24 accumulators of 32 r
 constexpr int kColumns = 4;
 constexpr float kHidden = -INFINITY;
 
+// A tile's sum, made by itself: thousands of small terms would round against a large one.
+void add(float* to, __m512 sum) { _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum)); }
+
 // ---- many rows: packed tiles ----
 
 // Sixteen rows of sixteen 32-bit values become sixteen columns.
@@ -77,8 +80,8 @@ void pack_values(const element* values, long n, long dim, word* packed) {
 template <int R, int C>
 void multiply(const element* a, long lda, const word* b, long ldb, long words, float* c, long ldc) {
   __m512 sums[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sums[r][j] = _mm512_loadu_ps(c + r * ldc + 16 * j);
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
   for (long w = 0; w < words; ++w) {
     __m512i right[C];
     for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + w * ldb + 16 * j);
@@ -90,7 +93,7 @@ void multiply(const element* a, long lda, const word* b, long ldb, long words, f
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sums[r][j]);
+    for (int j = 0; j < C; ++j) add(c + r * ldc + 16 * j, sums[r][j]);
 }
 
 // ---- few rows: keys and values as they lie ----
@@ -124,8 +127,8 @@ void score(const element* a, const element* keys, long n, long dim, float* score
 template <int R, int C>
 void gather(const float* weights, const element* values, long n, long dim, float* sums) {
   __m512 sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sum[r][j] = _mm512_loadu_ps(sums + r * dim + 16 * j);
+  for (auto& row : sum)
+    for (auto& one : row) one = _mm512_setzero_ps();
   for (long i = 0; i < n; ++i)
     for (int j = 0; j < C; ++j) {
       const __m512 value = read(values + i * dim + 16 * j);
@@ -133,7 +136,7 @@ void gather(const float* weights, const element* values, long n, long dim, float
         sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * kTile + i]), value, sum[r][j]);
     }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) _mm512_storeu_ps(sums + r * dim + 16 * j, sum[r][j]);
+    for (int j = 0; j < C; ++j) add(sums + r * dim + 16 * j, sum[r][j]);
 }
 
 // ---- the loops above for every number of rows and columns ----
