@@ -21,7 +21,7 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import Abandoned
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selection import begin
-from a3_engine.fusion.selectors.base import SparseSelector
+from a3_engine.fusion.selectors.base import Selector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.turns import Turn
 from a3_engine.method import Method
@@ -82,7 +82,7 @@ def assemble(
         )
     selector, rotation = method.selector, runtime.support.rotation
     started = time.perf_counter()
-    loaded = []
+    loaded, used = [], segments_used(runtime, prompt, selector)
     report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
     for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
@@ -92,7 +92,7 @@ def assemble(
             if segment.kind == "chunk" and start + len(segment.ids) <= reused:
                 report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
             continue
-        fetched = runtime.library.fetch(segment)
+        fetched = runtime.library.fetch(segment, used)
         loaded.append((start, fetched.kv))
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
@@ -105,7 +105,7 @@ def assemble(
             report.created_tokens += len(segment.ids)
     prefix_ids, prefix_kv = runtime.library.prefix_ids, None
     if isinstance(selector, SparseSelector) and prefix_ids:
-        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids)).kv
+        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids), used).kv
     local = partial(_local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv))
     compressor = method.compression.start() if method.compression else None
 
@@ -131,6 +131,16 @@ def assemble(
     cache = runtime.computing.run(lay_out)
     cache.compressor = compressor
     return cache
+
+
+def segments_used(runtime: Runtime, prompt: Prompt, selector: Selector) -> list[Segment]:
+    """What a fused prompt is made of that lies in the store."""
+    if isinstance(selector, FullPrefill) or runtime.library is None:
+        return []
+    used = [segment for _, segment in prompt.cached]
+    if isinstance(selector, SparseSelector) and runtime.library.prefix_ids:
+        used.append(Segment("prefix", runtime.library.prefix_ids))
+    return used
 
 
 def _local_queries(
@@ -206,7 +216,7 @@ def answer(
         if keeps and cache is not None:
             runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
         if report.fused and runtime.library is not None:
-            runtime.library.mark_used(segment for _, segment in prompt.cached)
+            runtime.library.mark_used(segments_used(runtime, prompt, selector))
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens

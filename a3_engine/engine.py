@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.answering import answer, assemble, check_room
+from a3_engine.answering import answer, assemble, check_room, segments_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
@@ -353,10 +353,11 @@ class A3Engine:
         UnsupportedModelError
             Chunks of this model cannot be moved.
         """
-        prompt = self.plan(request, chunks)
-        cache = assemble(self.runtime, prompt, self._method(**method), room, FusionReport())
+        prompt, chosen = self.plan(request, chunks), self._method(**method)
+        cache = assemble(self.runtime, prompt, chosen, room, FusionReport())
         if self.runtime.library is not None:
-            self.runtime.library.mark_used(segment for _, segment in prompt.cached)
+            used = segments_used(self.runtime, prompt, chosen.selector)
+            self.runtime.library.mark_used(used)
         return prompt, cache
 
     def explain(self, response: object) -> Explanation:

@@ -111,7 +111,7 @@ def start(
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,
     )
-    if own and support.reason is None:
+    if own and support.reason is None and support.tested:
         pack(model)
     library = None
     if support.rotation is not None:

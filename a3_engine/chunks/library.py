@@ -81,8 +81,10 @@ class ChunkLibrary:
         self.store.retag({key: tag for key in stored if (tag := by_key[key].tag) is not None})
         return [segment for key, segment in by_key.items() if key not in stored]
 
-    def fetch(self, segment: Segment) -> Fetched:
+    def fetch(self, segment: Segment, beside: Iterable[Segment] = ()) -> Fetched:
         """Load a segment's KV, or compute and store it, and know its text from then on.
+
+        What is used beside it does not make room for it.
 
         Where it cannot be stored it serves this request alone, with a warning.
 
@@ -96,6 +98,7 @@ class ChunkLibrary:
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(stored.kv(), True, stored.nbytes, 0.0)
+            self.mark_used(beside)
             [payload], started = self._compute([segment], prefix)
             try:
                 self._keep(payload, segment)

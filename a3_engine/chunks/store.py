@@ -42,7 +42,7 @@ class ChunkStore(Protocol):
         """Those of the keys that are stored."""
 
     def touch(self, keys: Sequence[str]) -> None:
-        """Count stored chunks as used last; reading alone does not."""
+        """Count stored chunks as used last, where reading them has not done so."""
 
     def retag(self, tags: Mapping[str, str]) -> None:
         """Give stored chunks, by key, other tags; one of several documents has the last one's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -30,13 +31,15 @@ class Buffers:
         self._limit = limit
         self._free: dict[int, list[np.ndarray]] = {}  # by bytes
         self._kept = 0
-        # A block may come back in the middle of anything, when garbage is collected.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        # A block may come back in the middle of anything, also of what holds the lock.
+        self._returned: deque[np.ndarray] = deque()
 
     def take(self, n_values: int, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialized memory, a flat tensor; it comes back by itself."""
         nbytes = n_values * dtype.itemsize + ALIGNMENT
         with self._lock:
+            self._settle()
             # A much larger one would be held back by what is small.
             fitting = [size for size in self._free if nbytes <= size <= 2 * nbytes]
             block = self._remove(min(fitting)) if fitting else np.empty(nbytes, np.uint8)
@@ -49,17 +52,28 @@ class Buffers:
     def clear(self) -> None:
         """Give the system what nobody uses."""
         with self._lock:
+            self._returned.clear()
             self._free.clear()
             self._kept = 0
 
     def _give_back(self, block: np.ndarray) -> None:
         if block.nbytes > self._limit:
             return
-        with self._lock:
+        self._returned.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Sort in what came back; with the lock."""
+        while self._returned:
+            block = self._returned.popleft()
             self._free.setdefault(block.nbytes, []).append(block)
             self._kept += block.nbytes
-            while self._kept > self._limit:
-                self._remove(next(iter(self._free)))
+        while self._kept > self._limit:
+            self._remove(next(iter(self._free)))
 
     def _remove(self, size: int) -> np.ndarray:
         block = self._free[size].pop()

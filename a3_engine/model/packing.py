@@ -54,14 +54,14 @@ class PackedLinear(nn.Module):
     _save_to_state_dict = _apply = _refuse
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what inference mode makes, no gradient may pass through
 def pack(model: nn.Module) -> None:
     """Exchange the model's linear layers in fp32, and in bf16 where a CPU multiplies it natively.
 
     The model can be neither trained, saved nor moved afterwards, nor read by another engine. A
     weight that is an embedding too is kept for that as well. Nothing happens where torch cannot do
     it, nor to layers inside code from elsewhere (adapters, a model's repository), which may look at
-    their weights.
+    their weights; code of transformers for some models does as well, so this is for proven ones.
     """
     for parent in list(model.modules()):
         if not type(parent).__module__.startswith("transformers.models."):

@@ -38,7 +38,7 @@ class Rotation:
     _last: list[Tables] = field(default_factory=list, repr=False, compare=False)
 
     def tables_up_to(self, n_tokens: int, devices: Sequence[torch.device]) -> Tables:
-        """:meth:`tables` for positions 0 to ``n_tokens`` at least; the last ones are remembered."""
+        """:meth:`tables` before ``n_tokens`` at least; the last ones are remembered."""
         for known in self._last:
             if len(known[0][0]) >= n_tokens and [cos.device for cos, _ in known] == devices:
                 return known

@@ -220,13 +220,14 @@ float weigh(float* scores, element* weights, long first, long last, float scale,
 // block          rows that a task takes, with all heads that share its keys
 // splits         parts that a task's keys are cut into, where there are few tasks
 // parts          room for all tasks' sums: group * min(block, rows) * (dim + 2) for each part
-extern "C" void a3_attend(const element* query, const long* query_strides, const element* const* keys,
-                          const element* const* values, const long* stride, const int64_t* first,
-                          const int64_t* last, const element* const* shared_keys,
-                          const element* const* shared_values, const int64_t* counts, long n_shared,
-                          long sequences, long heads, long kv_heads, long rows,
-                          long dim, float scaling, long block, long splits, long threads,
-                          float* parts, element* output, const long* output_strides) {
+extern "C" void a3_attend(const element* query, const long* query_strides,
+                          const element* const* keys, const element* const* values,
+                          const long* stride, const int64_t* first, const int64_t* last,
+                          const element* const* shared_keys, const element* const* shared_values,
+                          const int64_t* counts, long n_shared, long sequences, long heads,
+                          long kv_heads, long rows, long dim, float scaling, long block,
+                          long splits, long threads, float* parts, element* output,
+                          const long* output_strides) {
   using namespace a3;
   const long group = heads / kv_heads, blocks = (rows + block - 1) / block;
   const long most = group * std::min(block, rows), wholes = sequences * kv_heads * blocks;

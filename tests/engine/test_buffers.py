@@ -60,6 +60,36 @@ def test_no_more_is_kept_than_allowed():
     assert buffers.take(500, torch.uint8).data_ptr() == at
 
 
+def test_memory_may_come_back_in_the_middle_of_anything():
+    """Python's collector runs wherever something is made, also while memory is taken."""
+
+    class Circle:
+        pass
+
+    before, met = gc.get_threshold(), []
+    try:
+        for step in range(1, 60):
+            buffers = Buffers(limit=200_000)
+            for size in (1000, 3000):
+                buffers.take(size, torch.uint8)
+            gc.collect()
+            circle = Circle()
+            circle.itself, circle.memory = circle, buffers.take(50_000, torch.uint8)
+            at = circle.memory.data_ptr()
+            del circle
+            reserve = [[] for _ in range(500)]  # lists that Python had at hand
+            gc.set_threshold(gc.get_count()[0] + step, 1000, 1000)
+            buffers.take(400_000, torch.uint8)
+            gc.set_threshold(*before)
+            del reserve
+            met.append(50_000 + ALIGNMENT in buffers._free)
+            gc.collect()
+            assert buffers.take(50_000, torch.uint8).data_ptr() == at
+    finally:
+        gc.set_threshold(*before)
+    assert any(met)
+
+
 def test_a_finished_request_leaves_its_memory_at_once(tiny_engine, monkeypatch):
     """Without waiting for Python's collector: nothing holds the cache in a circle."""
     buffers, engine = Buffers(), tiny_engine("llama")

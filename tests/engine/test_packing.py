@@ -13,6 +13,7 @@ from a3_engine import A3Engine
 from a3_engine.chunks.fingerprint import model_fingerprint
 from a3_engine.model.loading import load_model
 from a3_engine.model.packing import PackedLinear, pack
+from tests.engine.test_gate import build
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 PACKS = {
@@ -59,6 +60,14 @@ def test_a_packed_model_refuses_what_would_lose_its_weights(dtype: torch.dtype, 
             loss()
 
 
+def test_a_packed_model_may_be_called_with_gradients_on(dtype: torch.dtype):
+    model = tiny_model("llama").to(dtype)
+    ids = torch.arange(3, 20)[None]
+    expected = model(ids).logits
+    pack(model)
+    assert (model(ids).logits - expected).abs().max() < 0.05 * expected.std()
+
+
 def test_other_layers_stay_as_they_are(dtype: torch.dtype):
     """Weights in other dtypes, and inside code from elsewhere, which may look at them."""
     model = tiny_model("llama").to(dtype)
@@ -79,6 +88,16 @@ def test_a_model_that_is_refused_answers_as_before(dtype: torch.dtype, tmp_path:
     engine = A3Engine.from_pretrained(folder, cache_dir=tmp_path, dtype=dtype, device="cpu")
     assert engine.unsupported_reason is not None
     assert engine.generate("what comes next?", max_new_tokens=3).report.generated_tokens > 0
+    assert packed_layers(engine.runtime.model) == 0
+
+
+def test_a_type_that_nobody_has_tested_stays_as_it_is(dtype: torch.dtype, tmp_path: Path):
+    """transformers' own code of some models looks at weights of linear layers."""
+    folder = tmp_path / "model"
+    build("starcoder2").to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    engine = A3Engine.from_pretrained(folder, cache_dir=tmp_path, dtype=dtype, device="cpu")
+    assert engine.unsupported_reason is None
     assert packed_layers(engine.runtime.model) == 0
 
 

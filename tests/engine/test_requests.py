@@ -141,6 +141,23 @@ def test_what_a_request_reads_counts_as_used_last(tiny_engine):
         assert [row.key for row, _ in library.store.entries()][-len(keys) :] == keys
 
 
+def test_a_missing_chunk_takes_no_room_of_what_it_is_used_with(tiny_engine):
+    """The oldest of a full store stays where a request needs it beside a chunk to be computed."""
+    engine = tiny_engine()
+    engine.precompute([LAMP, SHORE], progress=False)
+    library = engine.runtime.library
+    [oldest] = [each for _, each in engine.plan(ASK, [LAMP]).cached if each.kind == "chunk"]
+    for row in range(40):  # until the next one makes the store give something up
+        engine.precompute([f"{SHORE} {row}"], progress=False)
+    store = library.store
+    store.size_limit = engine.stats().nbytes
+    report = engine.generate(ASK, chunks=[LAMP, "A new chunk."], max_new_tokens=2).report
+    assert (report.hits, report.misses) == (1, 1)
+    assert library.missing([oldest]) == []
+    [gone] = [each for _, each in engine.plan(ASK, [SHORE]).cached if each.kind == "chunk"]
+    assert library.missing([gone]) == [gone]
+
+
 def test_an_evicted_chunk_is_a_miss(tiny_engine):
     """Given as a chunk it is computed anew; in plain text it is not known any more."""
     engine = tiny_engine()

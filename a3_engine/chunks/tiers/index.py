@@ -1,7 +1,7 @@
 """diskcache's table, read and written by what diskcache itself does not offer.
 
-Reads never wait for a writer: they take no lock and mark an entry as used only when nobody else is
-writing. The order of use follows the clock, but never goes back when the clock does.
+Reads never wait for a writer: they take no lock, and marking what was used gives up soon. The order
+of use follows the clock, but never goes back when the clock does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from a3_engine.chunks.tiers.safe_disk import SafeDisk
 # A row that `put` can have written; the rest is not looked at, and `sweep_rows` removes it.
 OURS = f"raw = 1 AND typeof(key) = 'text' AND mode = {MODE_BINARY} AND value IS NULL"
 LATER = "max(:now, (SELECT coalesce(max(access_time), 0) + 1e-6 FROM Cache))"
+MARK_TIMEOUT_MS = 50  # at the end of a request, which does not wait longer for this
 
 
 class Row(NamedTuple):
@@ -54,10 +55,10 @@ class Index:
         return filename
 
     def touch(self, keys: Sequence[str]) -> None:
-        """Mark entries as the last used, unless another process is writing just now."""
+        """Mark entries as the last used, unless somebody else keeps writing."""
         db, now = self._db, time.time()
         with contextlib.suppress(sqlite3.OperationalError):
-            db.execute("PRAGMA busy_timeout = 0")
+            db.execute(f"PRAGMA busy_timeout = {MARK_TIMEOUT_MS}")
             try:
                 with self.writing():
                     db.executemany(

@@ -31,6 +31,7 @@ class MemoryTier:
             payload = self._payloads.get(expected.key)
             if payload is None or payload.header != expected:
                 return None
+            self._payloads.move_to_end(expected.key)
             return payload
 
     def put(self, payload: Payload, tag: str | None = None) -> int:
@@ -51,10 +52,7 @@ class MemoryTier:
             return set(keys) & self._payloads.keys()
 
     def touch(self, keys: Sequence[str]) -> None:
-        with self._lock:
-            for key in keys:
-                if key in self._payloads:
-                    self._payloads.move_to_end(key)
+        pass  # reading did
 
     def retag(self, tags: Mapping[str, str]) -> None:
         pass
