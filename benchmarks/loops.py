@@ -1,7 +1,8 @@
 """The loops in C++ beside torch's operations, a layer at a time, and a request with and without.
 
 `python benchmarks/loops.py [float32]` prints the tables of docs/performance.md, "Loops in C++", in
-bf16 unless told otherwise; it needs a machine on which the loops are compiled.
+bf16 unless told otherwise, in three minutes during which nothing else may run. It needs a machine
+on which the loops are compiled.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def requests() -> None:
         engine = A3Engine.from_pretrained("smollm2-135m-instruct", cache_dir=folder, dtype=DTYPE)
         chunks = chunk_texts(engine.runtime.planner, 4096, 512)
         engine.precompute(chunks, progress=False)
+        print("| method | TTFT by torch, ms | load | tokens/s | by loops, ms | load | tokens/s |")
         for selector, ratio in (("full_reuse", 0.0), ("mend", 0.05), ("mend", 0.15)):
             found: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
             for turn in range(6):
@@ -115,11 +117,12 @@ def requests() -> None:
 @torch.inference_mode()
 def main() -> None:
     if compiled(DTYPE) is None:
-        raise SystemExit("The loops cannot be compiled here; see docs/troubleshooting.md.")
+        raise SystemExit("The loops cannot be had here: docs/performance.md says where they can.")
     torch.manual_seed(0)
     late = (4143 - (torch.rand(1400).square() * 4144).long().unique()[:611]).sort().values
     later = (7999 - (torch.rand(2800).square() * 8000).long().unique()[:1222]).sort().values
     evenly = torch.randperm(4144)[:611].sort().values
+    print(f"| one layer, {DTYPE} | torch's operations | loops | relative errors |")
     print(f"| {len(late)} rows over 4,144 keys, standing late | {rows_over(late, 4144)} |")
     print(f"| {len(evenly)} rows, standing evenly | {rows_over(evenly, 4144)} |")
     print(f"| {len(later)} rows over 8,000 keys, standing late | {rows_over(later, 8000)} |")

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from a3_engine import native
 from a3_engine.benchmark.roofline import Shape
 from a3_engine.model.packing import PackedLinear
 
@@ -41,8 +42,8 @@ class Rates:
         return Rates(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
 
-def machine() -> dict[str, Any]:
-    """What a reader of the figures has to know."""
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a reader of the figures has to know; ``loops`` are those in C++, of this dtype."""
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -52,6 +53,8 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "loops": device.type == "cpu" and native.library(dtype) is not None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

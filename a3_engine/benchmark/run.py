@@ -94,7 +94,7 @@ def run(
         for method, timed in found.items()
     ]
     return {
-        "machine": machine(),
+        "machine": machine(model.device, model.dtype),
         "rates": {name: round(rate) for name, rate in asdict(rates).items()},
         "ingestion": ingestion,
         "decoding": decoding,

@@ -15,7 +15,8 @@ def tables(benchmark: Row) -> str:
     machine, rates = benchmark["machine"], benchmark["rates"]
     where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [
-        f"{where}; torch {machine['torch']}; matrix products {rates['matmul'] / 1e9:,.0f} GFLOP/s, "
+        f"{where}; {machine['dtype']}; {'with' if machine['loops'] else 'without'} loops in C++; "
+        f"torch {machine['torch']}; matrix products {rates['matmul'] / 1e9:,.0f} GFLOP/s, "
         f"copies {rates['copy'] / 1e9:.1f} GB/s, {rates['new_copy'] / 1e9:.1f} into new memory"
     ]
     for row in benchmark["results"]:

@@ -41,7 +41,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     # Another compiler's OpenMP would bring threads of its own, beside torch's.
     compiler = shutil.which("g++")
     if compiler is None:
-        logger.info("There is no g++: attention is left to torch, which is slower on this CPU.")
+        logger.warning(
+            "There is no g++: attention is left to torch, which is slower on this CPU. "
+            "Install one, or set %s=0.",
+            SWITCH,
+        )
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler, _flags(dtype))))
