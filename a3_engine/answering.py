@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from a3_engine.chunks.kv import ChunkKV
+from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.decoding.generate import decode
 from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.decoding.sampling import Sampling
@@ -82,7 +83,7 @@ def assemble(
         )
     selector, rotation = method.selector, runtime.support.rotation
     started = time.perf_counter()
-    loaded, used = [], segments_used(runtime, prompt, selector)
+    loaded, used = [], segments_used(runtime.library, prompt, selector)
     report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
     for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
@@ -133,14 +134,20 @@ def assemble(
     return cache
 
 
-def segments_used(runtime: Runtime, prompt: Prompt, selector: Selector) -> list[Segment]:
+def segments_used(library: ChunkLibrary, prompt: Prompt, selector: Selector) -> list[Segment]:
     """What a fused prompt is made of that lies in the store."""
-    if isinstance(selector, FullPrefill) or runtime.library is None:
+    if isinstance(selector, FullPrefill):
         return []
     used = [segment for _, segment in prompt.cached]
-    if isinstance(selector, SparseSelector) and runtime.library.prefix_ids:
-        used.append(Segment("prefix", runtime.library.prefix_ids))
+    if isinstance(selector, SparseSelector) and library.prefix_ids:
+        used.append(Segment("prefix", library.prefix_ids))
     return used
+
+
+def mark_used(runtime: Runtime, prompt: Prompt, selector: Selector) -> None:
+    """Count what a fused prompt is made of as used last."""
+    if runtime.library is not None:
+        runtime.library.mark_used(segments_used(runtime.library, prompt, selector))
 
 
 def _local_queries(
@@ -215,8 +222,8 @@ def answer(
         ended = time.perf_counter()
         if keeps and cache is not None:
             runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
-        if report.fused and runtime.library is not None:
-            runtime.library.mark_used(segments_used(runtime, prompt, selector))
+        if report.fused:
+            mark_used(runtime, prompt, selector)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.answering import answer, assemble, check_room, segments_used
+from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
@@ -355,9 +355,7 @@ class A3Engine:
         """
         prompt, chosen = self.plan(request, chunks), self._method(**method)
         cache = assemble(self.runtime, prompt, chosen, room, FusionReport())
-        if self.runtime.library is not None:
-            used = segments_used(self.runtime, prompt, chosen.selector)
-            self.runtime.library.mark_used(used)
+        mark_used(self.runtime, prompt, chosen.selector)
         return prompt, cache
 
     def explain(self, response: object) -> Explanation:

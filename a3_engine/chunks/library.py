@@ -84,7 +84,7 @@ class ChunkLibrary:
     def fetch(self, segment: Segment, beside: Iterable[Segment] = ()) -> Fetched:
         """Load a segment's KV, or compute and store it, and know its text from then on.
 
-        What is used beside it does not make room for it.
+        What is used ``beside`` it makes no room for it.
 
         Where it cannot be stored it serves this request alone, with a warning.
 
@@ -109,7 +109,7 @@ class ChunkLibrary:
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
     def mark_used(self, segments: Iterable[Segment]) -> None:
-        """Let the least recently used chunks be others; takes a write, so not before an answer."""
+        """Let the least recently used chunks be others; a write, so not before a first token."""
         self.store.touch([self.header(segment).key for segment in segments])
 
     def store_all(self, segments: Sequence[Segment]) -> Iterator[None]:

@@ -30,7 +30,6 @@ class Buffers:
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self._limit = limit
         self._free: dict[int, list[np.ndarray]] = {}  # by bytes
-        self._kept = 0
         self._lock = threading.Lock()
         # A block may come back in the middle of anything, also of what holds the lock.
         self._returned: deque[np.ndarray] = deque()
@@ -54,7 +53,6 @@ class Buffers:
         with self._lock:
             self._returned.clear()
             self._free.clear()
-            self._kept = 0
 
     def _give_back(self, block: np.ndarray) -> None:
         if block.nbytes > self._limit:
@@ -71,13 +69,16 @@ class Buffers:
         while self._returned:
             block = self._returned.popleft()
             self._free.setdefault(block.nbytes, []).append(block)
-            self._kept += block.nbytes
         while self._kept > self._limit:
             self._remove(next(iter(self._free)))
 
+    @property
+    def _kept(self) -> int:
+        """Bytes; a cache's blocks have one size, so there are few."""
+        return sum(size * len(blocks) for size, blocks in self._free.items())
+
     def _remove(self, size: int) -> np.ndarray:
         block = self._free[size].pop()
-        self._kept -= size
         if not self._free[size]:
             del self._free[size]
         return block

@@ -56,7 +56,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _fits_machine(dtype: torch.dtype) -> bool:
-    """Whether the loops were written for it. With AMX, torch's own bf16 products are faster."""
+    """Whether the loops were written for it; in bf16 with AMX, torch does other things."""
     if sys.platform != "linux" or not torch.cpu._is_avx512_supported():
         return False
     amx = torch.cpu._is_amx_tile_supported()

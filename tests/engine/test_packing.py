@@ -65,7 +65,7 @@ def test_a_packed_model_may_be_called_with_gradients_on(dtype: torch.dtype):
     ids = torch.arange(3, 20)[None]
     expected = model(ids).logits
     pack(model)
-    assert (model(ids).logits - expected).abs().max() < 0.05 * expected.std()
+    assert (model(ids).logits - expected).abs().max() < 0.02 * expected.std()
 
 
 def test_other_layers_stay_as_they_are(dtype: torch.dtype):
