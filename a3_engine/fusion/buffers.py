@@ -69,8 +69,8 @@ class Buffers:
         while self._returned:
             block = self._returned.popleft()
             self._free.setdefault(block.nbytes, []).append(block)
-        while self._kept > self._limit:
-            self._remove(next(iter(self._free)))
+            while self._kept > self._limit:
+                self._remove(next(iter(self._free)))
 
     @property
     def _kept(self) -> int:

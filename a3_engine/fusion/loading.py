@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine import native
@@ -24,7 +25,7 @@ def allocate(
     shape = (n_prompts, *kv_shape(decoder, capacity)[1:])
     layers = []
     for layer, window in zip(decoder.layers, has_window(model), strict=True):
-        device = next(layer.parameters()).device
+        device = _device(layer)
         if device.type == "cpu":
             both = BUFFERS.take(2 * math.prod(shape), dtype).view(2, *shape)
         else:
@@ -32,6 +33,12 @@ def allocate(
         keys, values = both.unbind()
         layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
     return FusedCache(layers)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes; its last part is a norm as a rule, found without a long search."""
+    parts = reversed(list(layer.children()))
+    return next(parameter for part in parts for parameter in part.parameters()).device
 
 
 @torch.inference_mode()

@@ -18,8 +18,13 @@ namespace a3 {
 constexpr long kPerWord = sizeof(word) / sizeof(element);
 constexpr __mmask16 kAll = 0xffff;
 
-// The first `count` lanes, at most sixteen.
-inline __mmask16 lanes(long count) { return count >= 16 ? kAll : (1 << count) - 1; }
+// The first `count` lanes of sixteen, none below one; bytes of 64.
+inline __mmask16 lanes(long count) {
+  return count >= 16 ? kAll : count > 0 ? (1 << count) - 1 : 0;
+}
+inline __mmask64 bytes(long count) {
+  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+}
 
 // widen:        elements as fp32.
 // narrow:       fp32 as elements.
