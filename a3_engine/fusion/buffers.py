@@ -36,14 +36,13 @@ class Buffers:
 
     def take(self, n_values: int, dtype: torch.dtype) -> torch.Tensor:
         """Uninitialized memory, a flat tensor; it comes back by itself."""
-        nbytes = n_values * dtype.itemsize + ALIGNMENT
+        nbytes = n_values * dtype.itemsize
         with self._lock:
             self._settle()
             # A much larger one would be held back by what is small.
             fitting = [size for size in self._free if nbytes <= size <= 2 * nbytes]
-            block = self._remove(min(fitting)) if fitting else np.empty(nbytes, np.uint8)
-        at = -block.ctypes.data % ALIGNMENT
-        lent = block[at : at + n_values * dtype.itemsize]
+            block = self._remove(min(fitting)) if fitting else _aligned(nbytes)
+        lent = block[:nbytes]
         # The tensor's storage holds on to `lent`, and so does every view of it.
         weakref.finalize(lent, self._give_back, block).atexit = False
         return torch.from_numpy(lent).view(dtype)
@@ -82,6 +81,12 @@ class Buffers:
         if not self._free[size]:
             del self._free[size]
         return block
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    wider = np.empty(nbytes + ALIGNMENT, np.uint8)
+    at = -wider.ctypes.data % ALIGNMENT
+    return wider[at : at + nbytes]
 
 
 BUFFERS = Buffers()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 import threading
 from collections import OrderedDict
@@ -219,24 +220,23 @@ class DiskStore:
                     self._open()
 
     def _read(self, name: object, expected: Header) -> Payload:
-        path = self._disk.path(name)
-        with contextlib.suppress(OSError):
-            found = path.lstat()
-            times = found.st_mtime_ns, found.st_ctime_ns
-            identity = (str(name), found.st_ino, found.st_size, *times)
-            if (opened := self._disk.opened.get(identity, expected)) is not None:
-                return opened
-            payload = open_file(path, expected, self._secret, hashed=identity in self._hashed)
-            self._hashed[identity] = None
-            if len(self._hashed) > HASHED_FILES:
-                with contextlib.suppress(KeyError):
-                    self._hashed.popitem(last=False)
-            if self._secret is None:  # what is sealed is checked whenever it is used
-                self._disk.opened.keep(identity, payload)
-                if not path.exists():  # removed meanwhile
-                    self._disk.opened.forget(str(name))
-            return payload
-        raise DamagedPayload("its file is not there")
+        path, found = self._disk.found(name)
+        if found is None:
+            raise DamagedPayload("its file is not there")
+        times = found.st_mtime_ns, found.st_ctime_ns
+        identity = (str(name), found.st_ino, found.st_size, *times)
+        if (opened := self._disk.opened.get(identity, expected)) is not None:
+            return opened
+        payload = open_file(Path(path), expected, self._secret, hashed=identity in self._hashed)
+        self._hashed[identity] = None
+        if len(self._hashed) > HASHED_FILES:
+            with contextlib.suppress(KeyError):
+                self._hashed.popitem(last=False)
+        if self._secret is None:  # what is sealed is checked whenever it is used
+            self._disk.opened.keep(identity, payload)
+            if not os.path.exists(path):  # removed meanwhile
+                self._disk.opened.forget(str(name))
+        return payload
 
     def _damage(self, row: Row) -> str | None:
         try:

@@ -93,23 +93,31 @@ class SafeDisk(diskcache.Disk):
         UnsafeEntry
             The name is not one of ours, or what has it is a link, a folder or a device.
         """
-        path = self._inside(filename)
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise UnsafeEntry("a file name that belongs to something other than a file")
-        return path
+        return Path(self.found(filename)[0])
 
-    def _inside(self, filename: Any) -> Path:
+    def found(self, filename: Any) -> tuple[str, os.stat_result | None]:
+        """:meth:`path`, and what the system says of the file; None where there is no file."""
+        path = self._inside(filename)
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return path, None
+        if not stat.S_ISREG(found.st_mode):
+            raise UnsafeEntry("a file name that belongs to something other than a file")
+        return path, found
+
+    def _inside(self, filename: Any) -> str:
         """The path of a name of ours whose folders are real folders of the store."""
         if not isinstance(filename, str) or not FILE_NAME.fullmatch(filename.replace(os.sep, "/")):
             raise UnsafeEntry("a file name outside the store")
-        path = os.path.join(self._directory, filename)
-        folder = os.path.dirname(path)
-        for parent in (os.path.dirname(folder), folder):
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISDIR(os.lstat(parent).st_mode):
-                    raise UnsafeEntry("a file name that leads outside the store")
-        return Path(path)
+        for depth in (2, 5):  # ab, ab/cd
+            try:
+                parent = os.lstat(f"{self._directory}{os.sep}{filename[:depth]}")
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISDIR(parent.st_mode):
+                raise UnsafeEntry("a file name that leads outside the store")
+        return f"{self._directory}{os.sep}{filename}"
 
     def files(self) -> set[str]:
         """Names of all payload files, whether the index knows them or not."""
