@@ -83,8 +83,8 @@ def attend(
     tasks = sequences * kv_heads * -(-rows // BLOCK_ROWS)
     most = max(1, max(key.shape[2] for key in keys) // LEAST_KEYS)
     splits = min(most, -(-TASKS_A_THREAD * threads // tasks))
-    # Sums, the highest score and the total of every row of every part.
-    part = heads // kv_heads * min(BLOCK_ROWS, rows) * (head_dim + 2)
+    # Sums, sixteen parts of the total and the highest score of every row of every part.
+    part = heads // kv_heads * min(BLOCK_ROWS, rows) * (head_dim + 16 + 1)
     parts = torch.empty(tasks * splits * part, dtype=torch.float32)
     _run(
         "a3_attend",

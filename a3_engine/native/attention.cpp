@@ -76,8 +76,8 @@ void pack_values(const element* values, long n, long dim, word* packed) {
     }
 }
 
-// c[R][16 C] += a[R][words] * b[words][ldb].
-template <int R, int C>
+// c[R][16 C] = a[R][words] * b[words][ldb], or with `onto` added to what is there.
+template <int R, int C, bool onto>
 void multiply(const element* a, long lda, const word* b, long ldb, long words, float* c, long ldc) {
   __m512 sums[R][C];
   for (auto& row : sums)
@@ -93,7 +93,11 @@ void multiply(const element* a, long lda, const word* b, long ldb, long words, f
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) add(c + r * ldc + 16 * j, sums[r][j]);
+    for (int j = 0; j < C; ++j)
+      if (onto)
+        add(c + r * ldc + 16 * j, sums[r][j]);
+      else
+        _mm512_storeu_ps(c + r * ldc + 16 * j, sums[r][j]);
 }
 
 // ---- few rows: keys and values as they lie ----
@@ -142,12 +146,12 @@ void gather(const float* weights, const element* values, long n, long dim, float
 // ---- the loops above for every number of rows and columns ----
 
 struct Loops {
-  decltype(&multiply<1, 1>) multiply;
+  decltype(&multiply<1, 1, true>) multiply, multiply_onto;
   decltype(&score<1, 1>) score;
   decltype(&gather<1, 1>) gather;
 };
 template <int R, int C>
-constexpr Loops kLoops = {multiply<R, C>, score<R, C>, gather<R, C>};
+constexpr Loops kLoops = {multiply<R, C, false>, multiply<R, C, true>, score<R, C>, gather<R, C>};
 template <int R>
 constexpr Loops kOfRows[kColumns] = {kLoops<R, 1>, kLoops<R, 2>, kLoops<R, 3>, kLoops<R, 4>};
 constexpr const Loops* kOf[kRows] = {kOfRows<1>, kOfRows<2>, kOfRows<3>,
@@ -171,7 +175,7 @@ constexpr float kPowers[] = {1.540353e-4f, 1.3333558e-3f, 9.618129e-3f, 5.550410
 constexpr float kPowers[] = {9.570e-3f, 5.5917e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f};
 #endif
 
-// 2^x for x <= 0, and zero below the smallest normal number.
+// 2^x for x <= 8, and zero below the smallest normal number.
 __m512 exp2(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 part = _mm512_sub_ps(x, whole);
@@ -181,29 +185,41 @@ __m512 exp2(__m512 x) {
                                 whole);
 }
 
-// One row of a tile: of its scores those from `first` to before `last` become weights relative to
-// the row's highest score so far, in fp32 and as elements. Returns what earlier sums shrink by.
-float weigh(float* scores, element* weights, long first, long last, float scale, float& highest,
-            float& total) {
+// A row's scores count relative to the highest that it has seen, give or take eight powers of 2:
+// its sums are hardly ever scaled then.
+constexpr float kSlack = 8;
+
+// One row of a tile: of its scores those from `first` to before `last` become weights, as elements
+// and where there are few rows in fp32. `total` are sixteen parts of the sum of its weights.
+template <bool few>
+void weigh(float* scores, element* weights, long first, long last, float scale, float* highest,
+           float* total, float* sums, long dim) {
   if (first > 0 || last < kTile) {
     std::fill(scores, scores + first, kHidden);
     std::fill(scores + last, scores + kTile, kHidden);
   }
-  __m512 most = _mm512_set1_ps(highest);
-  for (long j = 0; j < kTile; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + j));
-  const float now = _mm512_reduce_max_ps(most);
-  const __m512 offset = _mm512_set1_ps(-now * scale), factor = _mm512_set1_ps(scale);
-  __m512 sum = _mm512_setzero_ps();
+  __m512 most = _mm512_loadu_ps(scores);
+  for (long j = 16; j < kTile; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + j));
+  const __m512 limit = _mm512_set1_ps(*highest + kSlack / scale);
+  if (_mm512_cmp_ps_mask(most, limit, _CMP_GT_OQ)) {
+    const float now = _mm512_reduce_max_ps(most);
+    const __m512 shrunk = _mm512_set1_ps(std::exp2((*highest - now) * scale));
+    *highest = now;
+    _mm512_storeu_ps(total, _mm512_mul_ps(_mm512_loadu_ps(total), shrunk));
+    for (long d = 0; d < dim; d += 16)
+      _mm512_storeu_ps(sums + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), shrunk));
+  }
+  const __m512 offset = _mm512_set1_ps(-*highest * scale), factor = _mm512_set1_ps(scale);
+  __m512 sum = _mm512_loadu_ps(total);
   for (long j = 0; j < kTile; j += 16) {
     const __m512 weight = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset));
     sum = _mm512_add_ps(sum, weight);
-    _mm512_storeu_ps(scores + j, weight);
-    narrow(weights + j, weight);
+    if (few)
+      _mm512_storeu_ps(scores + j, weight);
+    else
+      narrow(weights + j, weight);
   }
-  const float shrunk = now == highest ? 1 : std::exp2((highest - now) * scale);
-  total = total * shrunk + _mm512_reduce_add_ps(sum);
-  highest = now;
-  return shrunk;
+  _mm512_storeu_ps(total, sum);
 }
 
 }  // namespace
@@ -219,7 +235,7 @@ float weigh(float* scores, element* weights, long first, long last, float scale,
 //                gathered; of these a row sees the first counts[sequence][row] too
 // block          rows that a task takes, with all heads that share its keys
 // splits         parts that a task's keys are cut into, where there are few tasks
-// parts          room for all tasks' sums: group * min(block, rows) * (dim + 2) for each part
+// parts          room for all tasks' sums: group * min(block, rows) * (dim + 17) for each part
 extern "C" void a3_attend(const element* query, const long* query_strides,
                           const element* const* keys, const element* const* values,
                           const long* stride, const int64_t* first, const int64_t* last,
@@ -231,7 +247,7 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
   using namespace a3;
   const long group = heads / kv_heads, blocks = (rows + block - 1) / block;
   const long most = group * std::min(block, rows), wholes = sequences * kv_heads * blocks;
-  const long part = most * (dim + 2);  // sums, highest scores and totals of a part
+  const long part = most * (dim + 16 + 1);  // sums, totals and highest scores of a part
   const float scale = scaling * 1.44269504088896340736f;  // powers of 2 instead of e
 
   struct Whole {
@@ -267,10 +283,10 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
                     dim * sizeof(element));
       }
       float* const sums = parts + task * part;
-      float *const highest = sums + most * dim, *const totals = highest + most;
+      float *const totals = sums + most * dim, *const highest = totals + most * 16;
       std::fill_n(sums, n * dim, 0.f);
+      std::fill_n(totals, n * 16, 0.f);
       std::fill_n(highest, n, kHidden);
-      std::fill_n(totals, n, 0.f);
 
       const bool few = n <= kRows;
       // Row i sees the keys from starts[i] to before stops[i] of this head's.
@@ -293,12 +309,12 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
               pack_values(some_values, here, dim, packed_values.get());
               packed = true;
             }
-            std::fill_n(scores, count * kTile, 0.f);
-            if (few)
+            if (few) {
+              std::fill_n(scores, count * kTile, 0.f);
               by_columns(count, dim, [&](const Loops& loops, long d) {
                 loops.score(left.get() + d, some_keys + d, here, dim, scores);
               });
-            else
+            } else
               by_columns(count, kTile, [&](const Loops& loops, long key) {
                 loops.multiply(left.get() + i * dim, dim, packed_keys.get() + key, kTile,
                                dim / kPerWord, scores + key, kTile);
@@ -312,16 +328,15 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
                 std::fill_n(weights + r * kTile, kTile, 0);
                 continue;
               }
-              const float shrunk = weigh(row, weights + r * kTile, seen, unseen, scale,
-                                         highest[i + r], totals[i + r]);
-              if (shrunk != 1)
-                for (long d = 0; d < dim; ++d) sums[(i + r) * dim + d] *= shrunk;
+              (few ? weigh<true> : weigh<false>)(row, weights + r * kTile, seen, unseen, scale,
+                                                 highest + i + r, totals + (i + r) * 16,
+                                                 sums + (i + r) * dim, dim);
             }
             by_columns(count, dim, [&](const Loops& loops, long d) {
               if (few)
                 loops.gather(scores, some_values + d, here, dim, sums + d);
               else
-                loops.multiply(weights, kTile, packed_values.get() + d, dim, kTile / kPerWord,
+                loops.multiply_onto(weights, kTile, packed_values.get() + d, dim, kTile / kPerWord,
                                sums + i * dim + d, dim);
             });
           }
@@ -344,11 +359,13 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
       const Whole whole = whole_at(index);
       const float* const sums = parts + index * splits * part;
       for (long i = 0; i < group * whole.count; ++i) {
-        const float *const highest = sums + most * dim + i, *const totals = highest + most;
+        const float *const totals = sums + most * dim + i * 16,
+                    *const highest = sums + most * (dim + 16) + i;
         float top = kHidden, total = 0;
         for (long s = 0; s < splits; ++s) top = std::max(top, highest[s * part]);
         for (long s = 0; s < splits; ++s)
-          total += totals[s * part] * std::exp2((highest[s * part] - top) * scale);
+          total += _mm512_reduce_add_ps(_mm512_loadu_ps(totals + s * part)) *
+                   std::exp2((highest[s * part] - top) * scale);
         element* const to = output + offset(output_strides, whole, i);
         for (long d = 0; d < dim; d += 16) {
           __m512 sum = _mm512_setzero_ps();
