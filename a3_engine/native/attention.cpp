@@ -49,10 +49,18 @@ void transpose(__m512i (&x)[16]) {
   }
 }
 
+// Asks for the next tile's rows beside some of this one's: they come while this one is multiplied.
+void ask_ahead(const element* rows, long count, long dim) {
+  const char* const next = reinterpret_cast<const char*>(rows + kTile * dim);
+  for (long at = 0; at < count * dim * static_cast<long>(sizeof(element)); at += 64)
+    _mm_prefetch(next + at, _MM_HINT_T1);
+}
+
 // keys[n][dim] as packed[words of dim][kTile]; what the tile lacks becomes zero.
 void pack_keys(const element* keys, long n, long dim, word* packed) {
   const long words = dim / kPerWord;
-  for (long at = 0; at < kTile; at += 16)
+  for (long at = 0; at < kTile; at += 16) {
+    ask_ahead(keys + at * dim, 16, dim);
     for (long w = 0; w < words; w += 16) {
       const __mmask16 some = lanes(words - w);
       __m512i x[16];
@@ -63,17 +71,20 @@ void pack_keys(const element* keys, long n, long dim, word* packed) {
       for (int i = 0; i < 16 && w + i < words; ++i)
         _mm512_storeu_si512(packed + (w + i) * kTile + at, x[i]);
     }
+  }
 }
 
 // values[n][dim] as packed[words of kTile][dim].
 void pack_values(const element* values, long n, long dim, word* packed) {
-  for (long at = 0; at < kTile; at += kPerWord)
+  for (long at = 0; at < kTile; at += kPerWord) {
+    ask_ahead(values + at * dim, kPerWord, dim);
     for (long d = 0; d < dim; d += 16) {
       __m512 rows[kPerWord];
       for (long i = 0; i < kPerWord; ++i)
         rows[i] = widen(values + (at + i) * dim + d, at + i < n ? kAll : 0);
       _mm512_storeu_si512(packed + at / kPerWord * dim + d, zip(rows));
     }
+  }
 }
 
 // c[R][16 C] = a[R][words] * b[words][ldb], or with `onto` added to what is there.
