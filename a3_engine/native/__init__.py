@@ -82,7 +82,10 @@ def attend(
     threads = torch.get_num_threads()
     tasks = sequences * kv_heads * -(-rows // BLOCK_ROWS)
     most = max(1, max(key.shape[2] for key in keys) // LEAST_KEYS)
-    splits = min(most, -(-TASKS_A_THREAD * threads // tasks))
+    splits = -(-TASKS_A_THREAD * threads // tasks)
+    if tasks % threads:  # as many for every thread
+        splits = -(-splits // threads) * threads
+    splits = min(most, splits)
     # Sums, sixteen parts of the total and the highest score of every row of every part.
     part = heads // kv_heads * min(BLOCK_ROWS, rows) * (head_dim + 16 + 1)
     parts = torch.empty(tasks * splits * part, dtype=torch.float32)

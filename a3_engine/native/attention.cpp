@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "element.h"
@@ -188,12 +189,17 @@ constexpr float kPowers[] = {9.570e-3f, 5.5917e-2f, 2.402265e-1f, 6.931472e-1f, 
 
 // 2^x for x <= 8, and zero below the smallest normal number.
 __m512 exp2(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_sub_ps(x, whole);
-  __m512 sum = _mm512_setzero_ps();
-  for (float factor : kPowers) sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(factor));
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_GE_OQ), sum,
-                                whole);
+  // Added to so large a number, x is rounded to a whole one, which the lowest bits are then.
+  const __m512 large = _mm512_set1_ps(12582912.f);
+  const __m512 rounded = _mm512_add_ps(x, large);
+  const __m512 part = _mm512_sub_ps(x, _mm512_sub_ps(rounded, large));
+  __m512 sum = _mm512_set1_ps(kPowers[0]);
+  for (size_t i = 1; i < std::size(kPowers); ++i)
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(kPowers[i]));
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
+  return _mm512_castsi512_ps(
+      _mm512_maskz_add_epi32(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_GE_OQ),
+                             _mm512_castps_si512(sum), power));
 }
 
 // A row's scores count relative to the highest that it has seen, give or take eight powers of 2:
