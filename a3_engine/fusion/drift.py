@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from a3_engine import native
 from a3_engine.fusion.cache import FusedLayer
 from a3_engine.fusion.layout import Layout
 from a3_engine.model.rotary import Rotation, rotate_
@@ -101,21 +102,34 @@ class Drift:
         value_moves = fresh_value[0].index_select(1, which) - old_values
         key_moves = (fresh_key[0].index_select(1, which) - keys.index_select(1, at)).float()
         rotate_(key_moves, cos[at], sin[at], inverse=True)
-        probes = torch.nn.functional.normalize(_flat(old_values), dim=1)
+        lengths = torch.linalg.vector_norm(old_values, dim=(0, 2), keepdim=True)
+        probes = old_values / lengths.clamp(min=1e-12)
 
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
         keys, values = keys[:, self._span], values[:, self._span]
-        share = self._share = self._share.to(device, dtype)  # moves on with the layers' device
+        table = cos[self._span], sin[self._span]
+        share = self._share = self._share.to(device)  # moves on with the layers' device
+        if native.shifts(keys, values, probes, table[0]):
+            native.shift(
+                keys,
+                values,
+                share,
+                probes,
+                (key_moves, value_moves),
+                table,
+                self._repair.temperature,
+            )
+            return
         everyone = _flat(values)
         lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True).clamp(min=1e-12)
-        alike = (everyone @ probes.T).div_(lengths * self._repair.temperature)
+        alike = (everyone @ _flat(probes).T).div_(lengths * self._repair.temperature)
         weights = torch.softmax(alike, dim=-1, out=alike).mul_(share[:, None])
         for of_head, moves in zip(values, value_moves, strict=True):
             of_head.addmm_(weights, moves)
         flat_shift = weights @ _flat(key_moves).to(dtype)
         shift = flat_shift.view(len(everyone), len(keys), -1).transpose(0, 1)
         # The shift is an estimate: the model's own precision is enough to turn it.
-        rotate_(shift, cos[self._span], sin[self._span], compute=dtype)
+        rotate_(shift, *table, compute=dtype)
         keys += shift
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,12 @@ import torch
 from a3_engine.chunks.kv import ChunkKV
 from a3_engine.native.build import library
 
-__all__ = ["attend", "attends", "library", "place", "places"]
+__all__ = ["attend", "attends", "library", "place", "places", "shift", "shifts"]
 
 BLOCK_ROWS = 64
 TASKS_A_THREAD = 4  # so that none waits long for the last
 LEAST_KEYS = 256  # of a task, where keys are cut
+TILE = 128  # rows of keys or values that are multiplied at once
 
 Chunks = Sequence[tuple[int, ChunkKV]]
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -149,6 +151,61 @@ def place(
         _pointers([cos for cos, _ in tables]),
         _pointers([sin for _, sin in tables]),
         *(n_layers, kv_heads, head_dim, tables[0][0].shape[1], torch.get_num_threads()),
+    )
+
+
+def shifts(
+    keys: torch.Tensor, values: torch.Tensor, probes: torch.Tensor, cosines: torch.Tensor
+) -> bool:
+    """Whether :func:`shift` takes these: of one dtype on the CPU, a head's tokens side by side."""
+    head_dim = keys.shape[-1]
+    return (
+        probes.shape[1] <= TILE
+        and head_dim % 16 == cosines.shape[-1] % 16 == 0
+        and all(states.stride()[1:] == (head_dim, 1) for states in (keys, values))
+        and _are_ours([keys, values, probes])
+    )
+
+
+def shift(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    share: torch.Tensor,
+    probes: torch.Tensor,
+    moves: tuple[torch.Tensor, torch.Tensor],
+    table: tuple[torch.Tensor, torch.Tensor],
+    temperature: float,
+) -> None:
+    """Move keys and values, in place, by the mean move of the probes that are like them.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        A layer's, ``(kv_heads, tokens, head_dim)``, tokens side by side.
+    share : torch.Tensor
+        Of the mean move that a token follows; fp32, ``(tokens,)``.
+    probes : torch.Tensor
+        Values, ``(kv_heads, probes, head_dim)``, a probe's length over all heads being one.
+    moves : (torch.Tensor, torch.Tensor)
+        Those of the probes' keys, without position, and values; shaped like ``probes``.
+    table : (cos, sin)
+        Of the tokens: contiguous, fp32, ``(tokens, rotary_dim / 2)``.
+    temperature : float
+        Of the softmax over a token's cosine similarities to the probes.
+    """
+    kv_heads, tokens, head_dim = keys.shape
+    key_moves, value_moves = (each.to(keys.dtype).contiguous() for each in moves)
+    _run(
+        "a3_shift",
+        keys.dtype,
+        *(keys, keys.stride(0), values, values.stride(0)),
+        share,
+        *(probes.contiguous(), key_moves, value_moves),
+        *table,
+        *(tokens, kv_heads, head_dim, table[0].shape[1], probes.shape[1]),
+        ctypes.c_float(1 / (temperature * math.log(2))),
+        keys.new_empty(3, kv_heads, TILE, head_dim),
+        torch.get_num_threads(),
     )
 
 

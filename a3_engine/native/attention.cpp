@@ -7,110 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <iterator>
 #include <memory>
 
-#include "element.h"
+#include "tiles.h"
 
 namespace a3 {
 namespace {
-
-constexpr long kTile = 128;  // keys
-constexpr int kRows = 6;     // by 4 vectors of columns: 24 accumulators of 32 registers
-constexpr int kColumns = 4;
-constexpr float kHidden = -INFINITY;
-
-// A tile's sum, made by itself: thousands of small terms would round against a large one.
-void add(float* to, __m512 sum) { _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum)); }
-
-// ---- many rows: packed tiles ----
-
-// Sixteen rows of sixteen 32-bit values become sixteen columns.
-void transpose(__m512i (&x)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    x[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    x[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-  }
-}
-
-// Asks for the next tile's rows beside some of this one's: they come while this one is multiplied.
-void ask_ahead(const element* rows, long count, long dim) {
-  const char* const next = reinterpret_cast<const char*>(rows + kTile * dim);
-  for (long at = 0; at < count * dim * static_cast<long>(sizeof(element)); at += 64)
-    _mm_prefetch(next + at, _MM_HINT_T1);
-}
-
-// keys[n][dim] as packed[words of dim][kTile]; what the tile lacks becomes zero.
-void pack_keys(const element* keys, long n, long dim, word* packed) {
-  const long words = dim / kPerWord;
-  for (long at = 0; at < kTile; at += 16) {
-    ask_ahead(keys + at * dim, 16, dim);
-    for (long w = 0; w < words; w += 16) {
-      const __mmask16 some = lanes(words - w);
-      __m512i x[16];
-      for (int i = 0; i < 16; ++i)
-        x[i] = at + i < n ? _mm512_maskz_loadu_epi32(some, keys + (at + i) * dim + w * kPerWord)
-                          : _mm512_setzero_si512();
-      transpose(x);
-      for (int i = 0; i < 16 && w + i < words; ++i)
-        _mm512_storeu_si512(packed + (w + i) * kTile + at, x[i]);
-    }
-  }
-}
-
-// values[n][dim] as packed[words of kTile][dim].
-void pack_values(const element* values, long n, long dim, word* packed) {
-  for (long at = 0; at < kTile; at += kPerWord) {
-    ask_ahead(values + at * dim, kPerWord, dim);
-    for (long d = 0; d < dim; d += 16) {
-      __m512 rows[kPerWord];
-      for (long i = 0; i < kPerWord; ++i)
-        rows[i] = widen(values + (at + i) * dim + d, at + i < n ? kAll : 0);
-      _mm512_storeu_si512(packed + at / kPerWord * dim + d, zip(rows));
-    }
-  }
-}
-
-// c[R][16 C] = a[R][words] * b[words][ldb], or with `onto` added to what is there.
-template <int R, int C, bool onto>
-void multiply(const element* a, long lda, const word* b, long ldb, long words, float* c, long ldc) {
-  __m512 sums[R][C];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
-  for (long w = 0; w < words; ++w) {
-    __m512i right[C];
-    for (int j = 0; j < C; ++j) right[j] = _mm512_loadu_si512(b + w * ldb + 16 * j);
-    for (int r = 0; r < R; ++r) {
-      word one;
-      std::memcpy(&one, a + r * lda + w * kPerWord, sizeof one);
-      const __m512i left = _mm512_set1_epi32(one);
-      for (int j = 0; j < C; ++j) sums[r][j] = add_product(sums[r][j], left, right[j]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j)
-      if (onto)
-        add(c + r * ldc + 16 * j, sums[r][j]);
-      else
-        _mm512_storeu_ps(c + r * ldc + 16 * j, sums[r][j]);
-}
 
 // ---- few rows: keys and values as they lie ----
 
@@ -158,12 +60,11 @@ void gather(const float* weights, const element* values, long n, long dim, float
 // ---- the loops above for every number of rows and columns ----
 
 struct Loops {
-  decltype(&multiply<1, 1, true>) multiply, multiply_onto;
   decltype(&score<1, 1>) score;
   decltype(&gather<1, 1>) gather;
 };
 template <int R, int C>
-constexpr Loops kLoops = {multiply<R, C, false>, multiply<R, C, true>, score<R, C>, gather<R, C>};
+constexpr Loops kLoops = {score<R, C>, gather<R, C>};
 template <int R>
 constexpr Loops kOfRows[kColumns] = {kLoops<R, 1>, kLoops<R, 2>, kLoops<R, 3>, kLoops<R, 4>};
 constexpr const Loops* kOf[kRows] = {kOfRows<1>, kOfRows<2>, kOfRows<3>,
@@ -178,29 +79,7 @@ void by_columns(int rows, long columns, Use use) {
 
 // ---- softmax ----
 
-// Taylor's coefficients for 2^x, the last one first; of the shorter row that one is fitted. The
-// relative error on [-0.5, 0.5] is 2e-7 for fp32, and below 1e-5 for bf16, whose own is 4e-3.
-#ifdef A3_FP32
-constexpr float kPowers[] = {1.540353e-4f, 1.3333558e-3f, 9.618129e-3f, 5.5504109e-2f,
-                             2.4022651e-1f, 6.9314718e-1f, 1.0f};
-#else
-constexpr float kPowers[] = {9.570e-3f, 5.5917e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f};
-#endif
-
-// 2^x for x <= 8, and zero below the smallest normal number.
-__m512 exp2(__m512 x) {
-  // Added to so large a number, x is rounded to a whole one, which the lowest bits are then.
-  const __m512 large = _mm512_set1_ps(12582912.f);
-  const __m512 rounded = _mm512_add_ps(x, large);
-  const __m512 part = _mm512_sub_ps(x, _mm512_sub_ps(rounded, large));
-  __m512 sum = _mm512_set1_ps(kPowers[0]);
-  for (size_t i = 1; i < std::size(kPowers); ++i)
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(kPowers[i]));
-  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
-  return _mm512_castsi512_ps(
-      _mm512_maskz_add_epi32(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_GE_OQ),
-                             _mm512_castps_si512(sum), power));
-}
+constexpr float kHidden = -INFINITY;
 
 // A row's scores count relative to the highest that it has seen, give or take eight powers of 2:
 // its sums are hardly ever scaled then.
@@ -331,11 +210,10 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
               by_columns(count, dim, [&](const Loops& loops, long d) {
                 loops.score(left.get() + d, some_keys + d, here, dim, scores);
               });
-            } else
-              by_columns(count, kTile, [&](const Loops& loops, long key) {
-                loops.multiply(left.get() + i * dim, dim, packed_keys.get() + key, kTile,
-                               dim / kPerWord, scores + key, kTile);
-              });
+            } else {
+              product<false>(count, kTile, left.get() + i * dim, dim, packed_keys.get(), kTile,
+                             dim / kPerWord, scores, kTile);
+            }
             for (int r = 0; r < count; ++r) {
               const int64_t seen = std::clamp<int64_t>(starts[i + r] - from, 0, here);
               const int64_t unseen = std::clamp<int64_t>(stops[i + r] - from, 0, here);
@@ -349,13 +227,13 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
                                                  highest + i + r, totals + (i + r) * 16,
                                                  sums + (i + r) * dim, dim);
             }
-            by_columns(count, dim, [&](const Loops& loops, long d) {
-              if (few)
+            if (few)
+              by_columns(count, dim, [&](const Loops& loops, long d) {
                 loops.gather(scores, some_values + d, here, dim, sums + d);
-              else
-                loops.multiply_onto(weights, kTile, packed_values.get() + d, dim, kTile / kPerWord,
-                               sums + i * dim + d, dim);
-            });
+              });
+            else
+              product<true>(count, dim, weights, kTile, packed_values.get(), dim, kTile / kPerWord,
+                            sums + i * dim, dim);
           }
         }
       };

@@ -24,8 +24,8 @@ from platformdirs import user_cache_path
 logger = logging.getLogger(__name__)
 
 SWITCH = "A3_NATIVE"  # set to 0, everything is left to torch
-SOURCES = ("attention.cpp", "placing.cpp")
-HEADERS = ("element.h",)
+SOURCES = ("attention.cpp", "placing.cpp", "shifting.cpp")
+HEADERS = ("element.h", "tiles.h")
 FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
     *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),

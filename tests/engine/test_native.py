@@ -88,14 +88,16 @@ def test_large_scores_do_not_overflow(dtype):
     assert torch.equal(output, value[:, :, -1:].transpose(1, 2))
 
 
-@pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (40, 20), (64, 8)])
-def test_chunks_are_placed_as_by_torch(dtype, head_dim, half):
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (40, 20), (64, 8), (128, 32)])
+def test_chunks_are_placed_as_by_torch(dtype, head_dim, half, spare):
     torch.manual_seed(0)
     chunks = [
         (start, ChunkKV(*(torch.randn(2, 3, n_tokens, head_dim).to(dtype) for _ in "kv")))
         for start, n_tokens in ((30, 50), (83, 5))
     ]
-    cache = [tuple(torch.zeros(3, 90, head_dim).to(dtype) for _ in "kv") for _ in range(2)]
+    room = torch.zeros(4, 3 * 90 * head_dim + spare, dtype=dtype)[:, spare:]  # aligned or not
+    cache = list(room.unflatten(1, (3, 90, head_dim)).unflatten(0, (2, 2)).unbind())
     angles = [torch.rand(90, half) * 6 for _ in range(2)]
     tables = [(angle.cos(), angle.sin()) for angle in angles]
     assert native.places(chunks, cache)
@@ -110,6 +112,35 @@ def test_chunks_are_placed_as_by_torch(dtype, head_dim, half):
             torch.testing.assert_close(keys[:, part], moved, **NEIGHBOUR[dtype])
             assert torch.equal(values[:, part], kv.values[layer])
     assert not any(states[:, free].any() for layer in cache for states in layer)
+
+
+@pytest.mark.parametrize("n_probes", [5, 64])
+@pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (48, 16), (128, 64)])
+def test_others_follow_the_probes(dtype, head_dim, half, n_probes):
+    torch.manual_seed(0)
+    keys, values, probes, key_moves, value_moves = (
+        torch.randn(3, n, head_dim).to(dtype) for n in (101, 101, *3 * [n_probes])
+    )
+    probes = probes / probes.float().norm(dim=(0, 2), keepdim=True).to(dtype)
+    share = torch.rand(101)
+    share[7] = 0.0
+    angle = torch.rand(101, half) * 6
+    table = angle.cos(), angle.sin()
+    assert native.shifts(keys, values, probes, table[0])
+    got = keys.clone(), values.clone()
+    native.shift(*got, share, probes, (key_moves, value_moves), table, 0.1)
+
+    lengths = values.double().norm(dim=(0, 2))
+    alike = torch.einsum("htd,hpd->tp", values.double(), probes.double()) / lengths[:, None]
+    weights = (alike / 0.1).softmax(-1) * share[:, None]
+    for states, moves, after in zip((keys, values), (key_moves, value_moves), got, strict=True):
+        expected = torch.einsum("tp,hpd->htd", weights.double(), moves.double())
+        if states is keys:
+            rotate_(expected, *table, compute=torch.double)
+        moved = after.double() - states.double()
+        bound = 2 * ROUNDING[dtype] * (states.double().norm() + expected.norm())
+        assert (moved - expected).norm() <= bound
+        assert torch.equal(after[:, 7], states[:, 7])
 
 
 def test_other_states_are_left_to_torch(dtype):
