@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from a3_engine.decoding.sampling import Sampling
+from a3_engine.decoding.sampling import Sampling, draw
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
 
@@ -65,7 +65,7 @@ class Reply:
         """Choose the token behind these logits, ``(1, vocabulary)``, and hand it on."""
         scores = self._processors(self.ids, logits.float())
         if self._sampling.temperature > 0:
-            chosen = torch.multinomial(torch.softmax(scores, dim=-1), 1)
+            chosen = draw(torch.softmax(scores, dim=-1))
         else:
             chosen = scores.argmax(dim=-1, keepdim=True)
         self.ids = torch.cat([self.ids, chosen], dim=1)

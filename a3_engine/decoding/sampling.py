@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -74,3 +75,15 @@ class Sampling:
             if self.top_p is not None and self.top_p < 1.0:
                 steps.append(TopPLogitsWarper(self.top_p))
         return steps
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """One index of each row, ``(rows, 1)``, by these probabilities, ``(rows, vocabulary)``.
+
+    By inversion: `torch.multinomial` takes a random number for every word of the vocabulary.
+    """
+    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    totals = probabilities.to(exact).cumsum(dim=-1)
+    # Above 0, so that nothing impossible is drawn, and up to the total.
+    chance = 1 - torch.rand(len(totals), 1, dtype=exact, device=totals.device)
+    return torch.searchsorted(totals, chance * totals[:, -1:])

@@ -8,73 +8,125 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "tiles.h"
 
 namespace a3 {
 namespace {
 
-// ---- few rows: keys and values as they lie ----
+// ---- few rows: keys and values as they lie, whole vectors of elements at a time ----
 
-constexpr long kAhead = 2048;  // bytes
+constexpr long kVector = 16 * kPerWord;  // elements
+constexpr int kParts = kPerWord;         // vectors of fp32 that one of elements becomes
+constexpr long kGroup = kColumns / kParts;  // vectors of elements whose sums stay in registers
+constexpr long kAhead = 4096;              // bytes
 
 // Few rows wait for memory: what comes next is asked for ahead, across pages too.
-__m512 read(const element* from) {
-  _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
-  return widen(from);
+void ask(const element* from, long rows, long dim) {
+  const char* const next = reinterpret_cast<const char*>(from) + kAhead;
+  for (long at = 0; at < rows * dim * static_cast<long>(sizeof(element)); at += 64)
+    _mm_prefetch(next + at, _MM_HINT_T0);
 }
 
-// scores[R][kTile] += a[R][16 C] * keys[n][16 C], with rows of a and of the keys `dim` apart.
-template <int R, int C>
-void score(const element* a, const element* keys, long n, long dim, float* scores) {
-  __m512 rows[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) rows[r][j] = widen(a + r * dim + 16 * j);
-  for (long i = 0; i < n; ++i) {
-    __m512 key[C];
-    for (int j = 0; j < C; ++j) key[j] = read(keys + i * dim + 16 * j);
-    for (int r = 0; r < R; ++r) {
-      __m512 sum = _mm512_mul_ps(rows[r][0], key[0]);
-      for (int j = 1; j < C; ++j) sum = _mm512_fmadd_ps(rows[r][j], key[j], sum);
-      scores[r * kTile + i] += _mm512_reduce_add_ps(sum);
+// The words of `count` elements.
+__mmask16 words_of(long count) { return lanes(count / kPerWord); }
+
+// The sums of sixteen vectors, each over its values.
+__m512 sums_of(__m512 (&x)[16]) {
+  const auto add = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
+  __m512 y[8], z[4];
+  for (int i = 0; i < 8; ++i)
+    y[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d left = _mm512_castps_pd(y[2 * i]), right = _mm512_castps_pd(y[2 * i + 1]);
+    z[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+               _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+  }
+  const auto halve = [&](__m512 a, __m512 b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halve(halve(z[0], z[1]), halve(z[2], z[3]));
+}
+
+// scores[rows][kTile] += a[rows][columns] * keys[n][columns], with rows of a and of the keys `dim`
+// apart and at most kGroup vectors of columns. Behind the last key it counts again.
+template <int G>
+void score(int rows, const element* a, const element* keys, long n, long columns, long dim,
+           float* scores) {
+  const __mmask16 last = words_of(columns - (G - 1) * kVector);
+  for (long i = 0; i < n; i += 16) {
+    ask(keys + i * dim, 16, dim);
+    for (int r = 0; r < rows; ++r) {
+      __m512i row[G];
+      for (int g = 0; g < G; ++g)
+        row[g] = _mm512_maskz_loadu_epi32(g < G - 1 ? kAll : last, a + r * dim + g * kVector);
+      __m512 sums[16];
+      for (long k = 0; k < 16; ++k) {
+        const element* const key = keys + std::min(i + k, n - 1) * dim;
+        sums[k] = _mm512_setzero_ps();
+        for (int g = 0; g < G; ++g)
+          sums[k] = add_product(
+              sums[k], row[g],
+              _mm512_maskz_loadu_epi32(g < G - 1 ? kAll : last, key + g * kVector));
+      }
+      add(scores + r * kTile + i, sums_of(sums));
     }
   }
 }
 
-// sums[R][16 C] += weights[R][kTile] * values[n][16 C], with rows of sums and values `dim` apart.
-template <int R, int C>
-void gather(const float* weights, const element* values, long n, long dim, float* sums) {
-  __m512 sum[R][C];
+// sums[R][columns] += weights[R][kTile] * values[n][columns], with rows of sums and values `dim`
+// apart. Weights behind the last value are zero.
+template <int R, int G>
+void gather(const element* weights, const element* values, long n, long columns, long dim,
+            float* sums) {
+  const __mmask16 last = words_of(columns - (G - 1) * kVector);
+  __m512 sum[R][G][kParts];
   for (auto& row : sum)
-    for (auto& one : row) one = _mm512_setzero_ps();
-  for (long i = 0; i < n; ++i)
-    for (int j = 0; j < C; ++j) {
-      const __m512 value = read(values + i * dim + 16 * j);
-      for (int r = 0; r < R; ++r)
-        sum[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[r * kTile + i]), value, sum[r][j]);
+    for (auto& group : row)
+      for (auto& part : group) part = _mm512_setzero_ps();
+  for (long i = 0; i < n; i += kPerWord) {
+    ask(values + i * dim, kPerWord, dim);
+    for (int g = 0; g < G; ++g) {
+      __m512i some[kPerWord], words[kPerWord];
+      for (long k = 0; k < kPerWord; ++k)
+        some[k] = _mm512_maskz_loadu_epi32(g < G - 1 ? kAll : last,
+                                           values + std::min(i + k, n - 1) * dim + g * kVector);
+      pair(some, words);
+      for (int r = 0; r < R; ++r) {
+        word weight;
+        std::memcpy(&weight, weights + r * kTile + i, sizeof weight);
+        for (int part = 0; part < kParts; ++part)
+          sum[r][g][part] = add_product(sum[r][g][part], words[part], _mm512_set1_epi32(weight));
+      }
     }
+  }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) add(sums + r * dim + 16 * j, sum[r][j]);
+    for (int g = 0; g < G; ++g) {
+      unpair(sum[r][g]);
+      for (int part = 0; part < kParts; ++part)
+        if (const long d = g * kVector + part * 16; d < columns)
+          add(sums + r * dim + d, sum[r][g][part]);
+    }
 }
 
-// ---- the loops above for every number of rows and columns ----
+template <int G>
+constexpr decltype(&gather<1, G>) kGather[kRows] = {gather<1, G>, gather<2, G>, gather<3, G>,
+                                                    gather<4, G>, gather<5, G>, gather<6, G>};
 
-struct Loops {
-  decltype(&score<1, 1>) score;
-  decltype(&gather<1, 1>) gather;
-};
-template <int R, int C>
-constexpr Loops kLoops = {score<R, C>, gather<R, C>};
-template <int R>
-constexpr Loops kOfRows[kColumns] = {kLoops<R, 1>, kLoops<R, 2>, kLoops<R, 3>, kLoops<R, 4>};
-constexpr const Loops* kOf[kRows] = {kOfRows<1>, kOfRows<2>, kOfRows<3>,
-                                     kOfRows<4>, kOfRows<5>, kOfRows<6>};
-
-// Calls with the loops and the first column of each group of columns.
+// Calls with the first column and the columns of every group, and how many vectors those are.
 template <typename Use>
-void by_columns(int rows, long columns, Use use) {
-  for (long d = 0; d < columns; d += 16 * kColumns)
-    use(kOf[rows - 1][std::min<long>(kColumns, (columns - d) / 16) - 1], d);
+void by_groups(long columns, Use use) {
+  for (long d = 0; d < columns; d += kGroup * kVector) {
+    const long some = std::min(columns - d, kGroup * kVector);
+    const long vectors = (some + kVector - 1) / kVector;
+    if (vectors == 1) use(std::integral_constant<int, 1>{}, d, some);
+    if (vectors == 2) use(std::integral_constant<int, 2>{}, d, some);
+    if constexpr (kGroup > 2) {
+      if (vectors == 3) use(std::integral_constant<int, 3>{}, d, some);
+      if (vectors == 4) use(std::integral_constant<int, 4>{}, d, some);
+    }
+  }
 }
 
 // ---- softmax ----
@@ -85,9 +137,8 @@ constexpr float kHidden = -INFINITY;
 // its sums are hardly ever scaled then.
 constexpr float kSlack = 8;
 
-// One row of a tile: of its scores those from `first` to before `last` become weights, as elements
-// and where there are few rows in fp32. `total` are sixteen parts of the sum of its weights.
-template <bool few>
+// One row of a tile: of its scores those from `first` to before `last` become weights. `total` are
+// sixteen parts of the sum of its weights.
 void weigh(float* scores, element* weights, long first, long last, float scale, float* highest,
            float* total, float* sums, long dim) {
   if (first > 0 || last < kTile) {
@@ -110,10 +161,7 @@ void weigh(float* scores, element* weights, long first, long last, float scale, 
   for (long j = 0; j < kTile; j += 16) {
     const __m512 weight = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), factor, offset));
     sum = _mm512_add_ps(sum, weight);
-    if (few)
-      _mm512_storeu_ps(scores + j, weight);
-    else
-      narrow(weights + j, weight);
+    narrow(weights + j, weight);
   }
   _mm512_storeu_ps(total, sum);
 }
@@ -207,8 +255,8 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
             }
             if (few) {
               std::fill_n(scores, count * kTile, 0.f);
-              by_columns(count, dim, [&](const Loops& loops, long d) {
-                loops.score(left.get() + d, some_keys + d, here, dim, scores);
+              by_groups(dim, [&](auto vectors, long d, long columns) {
+                score<vectors()>(count, left.get() + d, some_keys + d, here, columns, dim, scores);
               });
             } else {
               product<false>(count, kTile, left.get() + i * dim, dim, packed_keys.get(), kTile,
@@ -219,17 +267,16 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
               const int64_t unseen = std::clamp<int64_t>(stops[i + r] - from, 0, here);
               float* const row = scores + r * kTile;
               if (seen >= unseen) {
-                std::fill_n(row, kTile, 0.f);
                 std::fill_n(weights + r * kTile, kTile, 0);
                 continue;
               }
-              (few ? weigh<true> : weigh<false>)(row, weights + r * kTile, seen, unseen, scale,
-                                                 highest + i + r, totals + (i + r) * 16,
-                                                 sums + (i + r) * dim, dim);
+              weigh(row, weights + r * kTile, seen, unseen, scale, highest + i + r,
+                    totals + (i + r) * 16, sums + (i + r) * dim, dim);
             }
             if (few)
-              by_columns(count, dim, [&](const Loops& loops, long d) {
-                loops.gather(scores, some_values + d, here, dim, sums + d);
+              by_groups(dim, [&](auto vectors, long d, long columns) {
+                kGather<vectors()>[count - 1](weights, some_values + d, here, columns, dim,
+                                              sums + d);
               });
             else
               product<true>(count, dim, weights, kTile, packed_values.get(), dim, kTile / kPerWord,

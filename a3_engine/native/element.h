@@ -30,6 +30,8 @@ inline __mmask64 bytes(long count) {
 // narrow:       fp32 as elements.
 // zip:          fp32 as words, each of one value of every part.
 // join:         fp32 as elements, those of the first part first.
+// pair:         elements of rows that lie side by side, 16 columns a part, as words of each column,
+//               in an order that `unpair` undoes for what was made of them.
 // add_product:  sums + left * right; a word of two values adds both products.
 #ifdef A3_FP32
 
@@ -39,6 +41,8 @@ inline __m512 widen(const element* from, __mmask16 some = kAll) {
 inline void narrow(element* to, __m512 values) { _mm512_storeu_ps(to, values); }
 inline __m512i zip(const __m512 (&parts)[1]) { return _mm512_castps_si512(parts[0]); }
 inline __m512i join(const __m512 (&parts)[1]) { return _mm512_castps_si512(parts[0]); }
+inline void pair(const __m512i (&rows)[1], __m512i (&words)[1]) { words[0] = rows[0]; }
+inline void unpair(__m512 (&)[1]) {}
 inline __m512 add_product(__m512 sums, __m512i left, __m512i right) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sums);
 }
@@ -52,6 +56,19 @@ inline __m512 widen(const element* from, __mmask16 some = kAll) {
 inline __m512i zip(const __m512 (&parts)[2]) {
   return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(parts[0]), 16),
                          _mm512_castps_si512(parts[1]));
+}
+
+inline void pair(const __m512i (&rows)[2], __m512i (&words)[2]) {
+  words[0] = _mm512_unpacklo_epi16(rows[0], rows[1]);
+  words[1] = _mm512_unpackhi_epi16(rows[0], rows[1]);
+}
+inline void unpair(__m512 (&parts)[2]) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const __m512 low = _mm512_permutex2var_ps(parts[0], first, parts[1]);
+  parts[1] = _mm512_permutex2var_ps(parts[0], second, parts[1]);
+  parts[0] = low;
 }
 
 #ifdef __AVX512BF16__

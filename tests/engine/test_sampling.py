@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from a3_engine import Message
+from a3_engine.decoding.sampling import draw
 
 LAMP = "The lamp of the lighthouse burns through the night."
 ASK = "Who keeps the lamp?"
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    torch.manual_seed(0)
+    likely = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = draw(likely.expand(20_000, -1))
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 20_000
+    assert (shares[likely == 0] == 0).all()
+    assert torch.allclose(shares, likely, atol=0.02)  # six standard deviations
 
 
 def test_a_sampled_answer(endless):
