@@ -108,7 +108,8 @@ class Drift:
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
         keys, values = keys[:, self._span], values[:, self._span]
         table = cos[self._span], sin[self._span]
-        share = self._share = self._share.to(device)  # moves on with the layers' device
+        # It moves on with the layers' device.
+        share = self._share = self._share.to(device, torch.float)
         if native.shifts(keys, values, probes, table[0]):
             native.shift(
                 keys,

@@ -37,8 +37,10 @@ def allocate(
 
 def _device(layer: nn.Module) -> torch.device:
     """Where a layer computes; its last part is a norm as a rule, found without a long search."""
-    parts = reversed(list(layer.children()))
-    return next(parameter for part in parts for parameter in part.parameters()).device
+    for part in (*reversed(list(layer.children())), layer):
+        for parameter in part.parameters():
+            return parameter.device
+    raise AssertionError("a decoder layer without parameters")
 
 
 @torch.inference_mode()

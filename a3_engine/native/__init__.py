@@ -16,7 +16,7 @@ __all__ = ["attend", "attends", "library", "place", "places", "shift", "shifts"]
 BLOCK_ROWS = 64
 TASKS_A_THREAD = 4  # so that none waits long for the last
 LEAST_KEYS = 256  # of a task, where keys are cut
-TILE = 128  # rows of keys or values that are multiplied at once
+TILE = 128  # rows of keys or values that are multiplied at once; kTile in tiles.h
 
 Chunks = Sequence[tuple[int, ChunkKV]]
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]

@@ -1,7 +1,7 @@
 // Attention of rows over the keys that each of them sees, with scores and sums in fp32.
 //
 // Keys and values are taken tile by tile, as in FlashAttention: a row's sums so far are scaled
-// down whenever a tile shows it a higher score. For many rows a tile is packed once into the order
+// down when a tile shows it a much higher score. For many rows a tile is packed once into the order
 // in which it is multiplied, word by word; for few rows packing would take longer than reading.
 
 #include <algorithm>
@@ -50,13 +50,14 @@ __m512 sums_of(__m512 (&x)[16]) {
 }
 
 // scores[rows][kTile] += a[rows][columns] * keys[n][columns], with rows of a and of the keys `dim`
-// apart and at most kGroup vectors of columns. Behind the last key it counts again.
+// apart and at most kGroup vectors of columns. Behind the last key it counts again. With `ahead` the
+// memory of later rows is asked for, all `dim` columns of it.
 template <int G>
 void score(int rows, const element* a, const element* keys, long n, long columns, long dim,
-           float* scores) {
+           bool ahead, float* scores) {
   const __mmask16 last = words_of(columns - (G - 1) * kVector);
   for (long i = 0; i < n; i += 16) {
-    ask(keys + i * dim, 16, dim);
+    if (ahead) ask(keys + i * dim, 16, dim);
     for (int r = 0; r < rows; ++r) {
       __m512i row[G];
       for (int g = 0; g < G; ++g)
@@ -79,14 +80,14 @@ void score(int rows, const element* a, const element* keys, long n, long columns
 // apart. Weights behind the last value are zero.
 template <int R, int G>
 void gather(const element* weights, const element* values, long n, long columns, long dim,
-            float* sums) {
+            bool ahead, float* sums) {
   const __mmask16 last = words_of(columns - (G - 1) * kVector);
   __m512 sum[R][G][kParts];
   for (auto& row : sum)
     for (auto& group : row)
       for (auto& part : group) part = _mm512_setzero_ps();
   for (long i = 0; i < n; i += kPerWord) {
-    ask(values + i * dim, kPerWord, dim);
+    if (ahead) ask(values + i * dim, kPerWord, dim);
     for (int g = 0; g < G; ++g) {
       __m512i some[kPerWord], words[kPerWord];
       for (long k = 0; k < kPerWord; ++k)
@@ -256,7 +257,8 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
             if (few) {
               std::fill_n(scores, count * kTile, 0.f);
               by_groups(dim, [&](auto vectors, long d, long columns) {
-                score<vectors()>(count, left.get() + d, some_keys + d, here, columns, dim, scores);
+                score<vectors()>(count, left.get() + d, some_keys + d, here, columns, dim, d == 0,
+                                 scores);
               });
             } else {
               product<false>(count, kTile, left.get() + i * dim, dim, packed_keys.get(), kTile,
@@ -276,7 +278,7 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
             if (few)
               by_groups(dim, [&](auto vectors, long d, long columns) {
                 kGather<vectors()>[count - 1](weights, some_values + d, here, columns, dim,
-                                              sums + d);
+                                              d == 0, sums + d);
               });
             else
               product<true>(count, dim, weights, kTile, packed_values.get(), dim, kTile / kPerWord,

@@ -1,8 +1,9 @@
 """The C++ beside this file as libraries, compiled once a user, version and dtype.
 
 torch has no quick operation for a few loops: attention of one token over a long cache, of scattered
-rows, and turning keys while they are copied. On Linux, where the CPU has AVX512 and there is a
-`g++`, they are compiled on first use; anywhere else torch's operations do the same, more slowly.
+rows, turning keys while they are copied, and moving tokens that follow others. On Linux, where the
+CPU has AVX512 and there is a `g++`, they are compiled on first use; anywhere else torch's
+operations do the same, more slowly.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ namespace {
 
 constexpr long kVector = sizeof(__m512i) / sizeof(element);
 constexpr int kParts = kVector / 16;
-constexpr long kAhead = 2048 / sizeof(element);  // beyond the page that is looked ahead in anyway
+constexpr long kAhead = 2048 / sizeof(element);  // across pages too
 
 // `whole`: all counts are of whole vectors and all targets aligned to them. Masks would take longer
 // to make than what is copied takes to come.

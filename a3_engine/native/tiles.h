@@ -11,7 +11,7 @@
 namespace a3 {
 namespace {
 
-constexpr long kTile = 128;  // keys
+constexpr long kTile = 128;  // keys; TILE in Python
 constexpr int kRows = 6;     // by 4 vectors of columns: 24 accumulators of 32 registers
 constexpr int kColumns = 4;
 

@@ -42,7 +42,14 @@ def buffer(dtype, kv_heads, tokens, head_dim, spare):
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rows", "head_dim", "tokens"),
-    [(9, 3, 130, 64, 1100), (8, 2, 3, 128, 700), (4, 4, 33, 80, 300), (4, 1, 1, 96, 130)],
+    [
+        (9, 3, 130, 64, 1100),
+        (8, 2, 3, 128, 700),
+        (4, 4, 33, 80, 300),
+        (4, 1, 1, 96, 130),
+        (6, 2, 2, 80, 131),
+        (3, 1, 1, 48, 129),
+    ],
 )
 def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, tokens, window):
     torch.manual_seed(0)
@@ -63,11 +70,12 @@ def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, tokens, 
         assert (got - expected).norm() <= ROUNDING[dtype] * expected.norm()
 
 
-def test_shared_keys_are_seen_beside_the_own_ones(dtype):
+@pytest.mark.parametrize("rows", [1, 90])
+def test_shared_keys_are_seen_beside_the_own_ones(dtype, rows):
     torch.manual_seed(0)
-    query = torch.randn(1, 4, 90, 64).to(dtype)
+    query = torch.randn(1, 4, rows, 64).to(dtype)
     key, value = (buffer(dtype, 2, 900, 64, 5) for _ in "kv")
-    last = torch.randperm(900)[:90].sort().values + 1
+    last = torch.randperm(900)[:rows].sort().values + 1
     first = (last - 50).clamp(min=0)
     shared = torch.randperm(900)[:200].sort().values
     output = native.attend(query, [key], [value], first[None], last[None], 0.125, shared)
@@ -114,7 +122,7 @@ def test_chunks_are_placed_as_by_torch(dtype, head_dim, half, spare):
     assert not any(states[:, free].any() for layer in cache for states in layer)
 
 
-@pytest.mark.parametrize("n_probes", [5, 64])
+@pytest.mark.parametrize("n_probes", [5, 17, 64, 128])
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (48, 16), (128, 64)])
 def test_others_follow_the_probes(dtype, head_dim, half, n_probes):
     torch.manual_seed(0)

@@ -115,12 +115,13 @@ def test_random_is_the_same_for_the_same_seed(tiny_engine):
     assert picks[0] == picks[1]
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.7])
-def test_drift_follows_the_most_similar_probes(strength):
+@pytest.mark.parametrize("size", [4, 32], ids=["torch", "loops where there are"])
+@pytest.mark.parametrize("strength", [0.0, 0.7, 1])
+def test_drift_follows_the_most_similar_probes(strength, size):
     """Token by token, head by head, with rotations as complex numbers."""
     torch.manual_seed(0)
-    heads, tokens, size, temperature = 2, 9, 4, 0.3
-    inv_freq = torch.tensor([[1.0, 0.25]])
+    heads, tokens, temperature, half = 2, 9, 0.3, size // 2
+    inv_freq = torch.logspace(0, -1, half)[None]
     keys, values = torch.randn(2, 1, heads, tokens, size)
     layer = FusedLayer(keys.clone(), values.clone(), tokens)
     layout = Layout(
@@ -133,7 +134,7 @@ def test_drift_follows_the_most_similar_probes(strength):
     layer.write(rows, fresh_key, fresh_value)
 
     def turned(vector: torch.Tensor, position: int) -> torch.Tensor:
-        pairs = [complex(vector[i], vector[i + 2]) for i in range(2)]
+        pairs = [complex(vector[i], vector[i + half]) for i in range(half)]
         spun = [
             pair * cmath.exp(1j * position * float(frequency))
             for pair, frequency in zip(pairs, inv_freq[0], strict=True)

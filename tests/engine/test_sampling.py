@@ -21,6 +21,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert torch.allclose(shares, likely, atol=0.02)  # six standard deviations
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_drawn_from_broken_logits(value):
+    logits = torch.tensor([[1.0, value, 2.0]])
+    with pytest.raises(RuntimeError, match="not finite"):
+        draw(logits.softmax(-1))
+
+
 def test_a_sampled_answer(endless):
     """Seeds repeat it, temperature varies it, and restrictions to one token make it greedy."""
 
