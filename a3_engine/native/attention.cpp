@@ -17,10 +17,10 @@ namespace {
 
 // ---- few rows: keys and values as they lie, whole vectors of elements at a time ----
 
-constexpr long kVector = 16 * kPerWord;  // elements
-constexpr int kParts = kPerWord;         // vectors of fp32 that one of elements becomes
+constexpr long kVector = 16 * kPerWord;     // elements
+constexpr int kParts = kPerWord;            // vectors of fp32 that one of elements becomes
 constexpr long kGroup = kColumns / kParts;  // vectors of elements whose sums stay in registers
-constexpr long kAhead = 4096;              // bytes
+constexpr long kAhead = 4096;               // bytes
 
 // Few rows wait for memory: what comes next is asked for ahead, across pages too.
 void ask(const element* from, long rows, long dim) {
@@ -37,7 +37,8 @@ __m512 sums_of(__m512 (&x)[16]) {
   const auto add = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
   __m512 y[8], z[4];
   for (int i = 0; i < 8; ++i)
-    y[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    y[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+               _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
   for (int i = 0; i < 4; ++i) {
     const __m512d left = _mm512_castps_pd(y[2 * i]), right = _mm512_castps_pd(y[2 * i + 1]);
     z[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
@@ -50,8 +51,8 @@ __m512 sums_of(__m512 (&x)[16]) {
 }
 
 // scores[rows][kTile] += a[rows][columns] * keys[n][columns], with rows of a and of the keys `dim`
-// apart and at most kGroup vectors of columns. Behind the last key it counts again. With `ahead` the
-// memory of later rows is asked for, all `dim` columns of it.
+// apart and at most kGroup vectors of columns. Behind the last key it counts again. With `ahead`
+// the memory of later rows is asked for, all `dim` columns of it.
 template <int G>
 void score(int rows, const element* a, const element* keys, long n, long columns, long dim,
            bool ahead, float* scores) {
