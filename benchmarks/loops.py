@@ -1,7 +1,7 @@
 """The loops in C++ beside torch's operations, a layer at a time, and a request with and without.
 
 `python benchmarks/loops.py [float32]` prints the tables of docs/performance.md, "Loops in C++", in
-bf16 unless told otherwise, in three minutes during which nothing else may run. It needs a machine
+bf16 unless told otherwise, in a minute or two during which nothing else may run. It needs a machine
 on which the loops are compiled.
 """
 
@@ -17,7 +17,11 @@ import torch
 
 from a3_engine import A3Engine, native
 from a3_engine.benchmark.prompts import QUESTION, chunk_texts
+from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.drift import Drift, DriftRepair
+from a3_engine.fusion.layout import Layout, Span
 from a3_engine.model.attention import attend_ragged, attend_rows
+from a3_engine.model.rotary import Rotation
 from a3_engine.model.rows import Ragged, Rows
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 9, 3, 64, 0.125  # the demo model's
@@ -86,6 +90,34 @@ def one_token(requests: int, n_keys: int) -> str:
     return f"{torch_ms / LAYERS:.2f} ms | {loops_ms / LAYERS:.2f} ms | "
 
 
+def drift_repair(rows: torch.Tensor, n_chunk: int) -> str:
+    """All chunk tokens of a layer follow the rows; errors are those of their moves."""
+    fresh = torch.tensor([n_chunk])
+    layout = Layout(n_chunk + 1, (Span(0, n_chunk),), 0, fresh, fresh)
+    rotation = Rotation(10_000.0 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))[None])
+    drift = Drift(DriftRepair(), layout, rotation, [torch.device("cpu")])
+    stored = [states(n_chunk + 1) for _ in "kv"]
+    fresh_states = [torch.randn(1, KV_HEADS, len(rows), HEAD_DIM).to(DTYPE) for _ in "kv"]
+
+    def moved(dtype: torch.dtype) -> list[torch.Tensor]:
+        layer = FusedLayer(*(each.to(dtype, copy=True) for each in stored), n_chunk + 1)
+        drift.apply(0, layer, rows, *(each.to(dtype) for each in fresh_states))
+        return [
+            (after.double() - before.double())
+            for after, before in zip(layer.stored(), stored, strict=True)
+        ]
+
+    use(False)
+    exact = torch.cat(moved(torch.double))
+    errors = []
+    for loops in (False, True):
+        use(loops)
+        errors.append(float((torch.cat(moved(DTYPE)) - exact).norm() / exact.norm()))
+    layer = FusedLayer(*(each.clone() for each in stored), n_chunk + 1)
+    torch_ms, loops_ms = both(lambda: drift.apply(0, layer, rows, *fresh_states))
+    return f"{torch_ms:.1f} ms | {loops_ms:.1f} ms | {errors[0]:.2g}, {errors[1]:.2g}"
+
+
 def requests() -> None:
     """Whole requests of 4,096 tokens: milliseconds, and tokens a second behind the first."""
     with TemporaryDirectory() as folder:
@@ -128,6 +160,7 @@ def main() -> None:
     print(f"| {len(later)} rows over 8,000 keys, standing late | {rows_over(later, 8000)} |")
     print(f"| 35 rows over 4,144 keys | {rows_over(late[-35:], 4144)} |")
     print(f"| 512 rows of a chunk alone | {rows_over(torch.arange(512), 512)} |")
+    print(f"| drift repair of 4,144 tokens by 64 of 611 rows | {drift_repair(evenly, 4144)} |")
     for n_requests in (8, 1):
         cells = one_token(n_requests, 4144)
         print(f"| one token of {n_requests} requests over 4,144 keys each | {cells} |")

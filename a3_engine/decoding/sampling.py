@@ -80,19 +80,19 @@ class Sampling:
 def draw(probabilities: torch.Tensor) -> torch.Tensor:
     """One index of each row, ``(rows, 1)``, by these probabilities, ``(rows, vocabulary)``.
 
-    By inversion: `torch.multinomial` takes a random number for every token of the vocabulary, on a
-    CPU the longest part of choosing one.
+    On a CPU by inversion: `torch.multinomial` takes a random number for every token of the
+    vocabulary, there the longest part of choosing one.
 
     Raises
     ------
     RuntimeError
         They are no probabilities, since the model's logits were not finite.
     """
-    # On the CPU: not every device has fp64, and sums in parallel may fall, which draws what cannot
-    # be.
-    totals = probabilities.cpu().double().cumsum(dim=-1)
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1)
+    totals = probabilities.double().cumsum(dim=-1)
     if not totals[:, -1].isfinite().all():
         raise RuntimeError("No token can be drawn: the model's logits are not finite.")
     # Above 0, so that nothing impossible is drawn, and up to the total.
     chance = 1 - torch.rand(len(totals), 1, dtype=totals.dtype)
-    return torch.searchsorted(totals, chance * totals[:, -1:]).to(probabilities.device)
+    return torch.searchsorted(totals, chance * totals[:, -1:])

@@ -20,14 +20,6 @@ namespace {
 constexpr long kVector = 16 * kPerWord;     // elements
 constexpr int kParts = kPerWord;            // vectors of fp32 that one of elements becomes
 constexpr long kGroup = kColumns / kParts;  // vectors of elements whose sums stay in registers
-constexpr long kAhead = 4096;               // bytes
-
-// Few rows wait for memory: what comes next is asked for ahead, across pages too.
-void ask(const element* from, long rows, long dim) {
-  const char* const next = reinterpret_cast<const char*>(from) + kAhead;
-  for (long at = 0; at < rows * dim * static_cast<long>(sizeof(element)); at += 64)
-    _mm_prefetch(next + at, _MM_HINT_T0);
-}
 
 // The words of `count` elements.
 __mmask16 words_of(long count) { return lanes(count / kPerWord); }
@@ -51,14 +43,14 @@ __m512 sums_of(__m512 (&x)[16]) {
 }
 
 // scores[rows][kTile] += a[rows][columns] * keys[n][columns], with rows of a and of the keys `dim`
-// apart and at most kGroup vectors of columns. Behind the last key it counts again. With `ahead`
-// the memory of later rows is asked for, all `dim` columns of it.
+// apart and at most kGroup vectors of columns. Behind the last key it counts again. The `first`
+// columns begin the scores, and ask for all of later keys: few rows wait for memory.
 template <int G>
 void score(int rows, const element* a, const element* keys, long n, long columns, long dim,
-           bool ahead, float* scores) {
+           bool first, float* scores) {
   const __mmask16 last = words_of(columns - (G - 1) * kVector);
   for (long i = 0; i < n; i += 16) {
-    if (ahead) ask(keys + i * dim, 16, dim);
+    if (first) ask(keys + i * dim + kAhead, 16 * dim);
     for (int r = 0; r < rows; ++r) {
       __m512i row[G];
       for (int g = 0; g < G; ++g)
@@ -72,7 +64,11 @@ void score(int rows, const element* a, const element* keys, long n, long columns
               sums[k], row[g],
               _mm512_maskz_loadu_epi32(g < G - 1 ? kAll : last, key + g * kVector));
       }
-      add(scores + r * kTile + i, sums_of(sums));
+      float* const to = scores + r * kTile + i;
+      if (first)
+        _mm512_storeu_ps(to, sums_of(sums));
+      else
+        add(to, sums_of(sums));
     }
   }
 }
@@ -81,14 +77,14 @@ void score(int rows, const element* a, const element* keys, long n, long columns
 // apart. Weights behind the last value are zero.
 template <int R, int G>
 void gather(const element* weights, const element* values, long n, long columns, long dim,
-            bool ahead, float* sums) {
+            bool first, float* sums) {
   const __mmask16 last = words_of(columns - (G - 1) * kVector);
   __m512 sum[R][G][kParts];
   for (auto& row : sum)
     for (auto& group : row)
       for (auto& part : group) part = _mm512_setzero_ps();
   for (long i = 0; i < n; i += kPerWord) {
-    if (ahead) ask(values + i * dim, kPerWord, dim);
+    if (first) ask(values + i * dim + kAhead, kPerWord * dim);
     for (int g = 0; g < G; ++g) {
       __m512i some[kPerWord], words[kPerWord];
       for (long k = 0; k < kPerWord; ++k)
@@ -255,16 +251,14 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
               pack_values(some_values, here, dim, packed_values.get());
               packed = true;
             }
-            if (few) {
-              std::fill_n(scores, count * kTile, 0.f);
+            if (few)
               by_groups(dim, [&](auto vectors, long d, long columns) {
                 score<vectors()>(count, left.get() + d, some_keys + d, here, columns, dim, d == 0,
                                  scores);
               });
-            } else {
+            else
               product<false>(count, kTile, left.get() + i * dim, dim, packed_keys.get(), kTile,
                              dim / kPerWord, scores, kTile);
-            }
             for (int r = 0; r < count; ++r) {
               const int64_t seen = std::clamp<int64_t>(starts[i + r] - from, 0, here);
               const int64_t unseen = std::clamp<int64_t>(stops[i + r] - from, 0, here);

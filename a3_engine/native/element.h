@@ -26,6 +26,15 @@ inline __mmask64 bytes(long count) {
   return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
 }
 
+// What loops will read next is asked for so far ahead, across pages too, where the processor stops
+// looking ahead by itself.
+constexpr long kAhead = 4096 / sizeof(element);
+
+inline void ask(const element* from, long count) {
+  for (long at = 0; at < count; at += 64 / static_cast<long>(sizeof(element)))
+    _mm_prefetch(from + at, _MM_HINT_T0);
+}
+
 // widen:        elements as fp32.
 // narrow:       fp32 as elements.
 // zip:          fp32 as words, each of one value of every part.

@@ -6,7 +6,6 @@ namespace {
 
 constexpr long kVector = sizeof(__m512i) / sizeof(element);
 constexpr int kParts = kVector / 16;
-constexpr long kAhead = 2048 / sizeof(element);  // across pages too
 
 // `whole`: all counts are of whole vectors and all targets aligned to them. Masks would take longer
 // to make than what is copied takes to come.
@@ -23,7 +22,7 @@ void put(element* to, __m512i values, long count) {
 template <bool whole>
 void copy(const element* from, long count, element* to) {
   for (long at = 0; at < count; at += kVector) {
-    _mm_prefetch(from + at + kAhead, _MM_HINT_T0);
+    a3::ask(from + at + a3::kAhead, kVector);
     const __m512i values =
         whole ? _mm512_loadu_si512(from + at)
               : _mm512_maskz_loadu_epi8(a3::bytes((count - at) * sizeof(element)), from + at);
@@ -34,8 +33,8 @@ void copy(const element* from, long count, element* to) {
 template <bool whole>
 void turn(const element* key, const float* cosine, const float* sine, long half, element* to) {
   for (long at = 0; at < half; at += kVector) {
-    _mm_prefetch(key + at + kAhead, _MM_HINT_T0);
-    _mm_prefetch(key + half + at + kAhead, _MM_HINT_T0);
+    a3::ask(key + at + a3::kAhead, kVector);
+    a3::ask(key + half + at + a3::kAhead, kVector);
     __m512 first[kParts], second[kParts];
     for (int part = 0; part < kParts; ++part) {
       const long d = at + 16 * part;

@@ -8,12 +8,10 @@
 namespace a3 {
 namespace {
 
-constexpr long kAhead = 2048 / sizeof(element);  // across pages too
-
 // Squares of one token's values, sixteen parts of their sum.
 __m512 squares(const element* values, long dim, __m512 sum) {
+  ask(values + kAhead, dim);
   for (long d = 0; d < dim; d += 16) {
-    _mm_prefetch(values + d + kAhead, _MM_HINT_T0);
     const __m512 some = widen(values + d);
     sum = _mm512_fmadd_ps(some, some, sum);
   }
@@ -103,8 +101,7 @@ extern "C" void a3_shift(element* keys, long key_stride, element* values, long v
         for (int r = 0; r < count; ++r) {
           element* const key = keys + head * key_stride + (token + r) * dim;
           const float* const by = moves.get() + r * dim;
-          for (long d = 0; d < dim; d += 64 / static_cast<long>(sizeof(element)))
-            _mm_prefetch(key + d + kAhead, _MM_HINT_T0);
+          ask(key + kAhead, dim);
           for (long d = 0; d < half; d += 16) {  // turned to where the token stands
             const __m512 c = _mm512_loadu_ps(cosines + (token + r) * half + d);
             const __m512 s = _mm512_loadu_ps(sines + (token + r) * half + d);

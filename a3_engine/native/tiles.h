@@ -43,18 +43,12 @@ void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Asks for the next tile's rows beside some of this one's: they come while this one is multiplied.
-void ask_ahead(const element* rows, long count, long dim) {
-  const char* const next = reinterpret_cast<const char*>(rows + kTile * dim);
-  for (long at = 0; at < count * dim * static_cast<long>(sizeof(element)); at += 64)
-    _mm_prefetch(next + at, _MM_HINT_T1);
-}
-
-// keys[n][dim] as packed[words of dim][kTile]; what the tile lacks becomes zero.
+// keys[n][dim] as packed[words of dim][kTile]; what the tile lacks becomes zero. The next tile's
+// rows are asked for: they come while this one is multiplied.
 void pack_keys(const element* keys, long n, long dim, word* packed) {
   const long words = dim / kPerWord;
   for (long at = 0; at < kTile; at += 16) {
-    ask_ahead(keys + at * dim, 16, dim);
+    ask(keys + (kTile + at) * dim, 16 * dim);
     for (long w = 0; w < words; w += 16) {
       const __mmask16 some = lanes(words - w);
       __m512i x[16];
@@ -68,10 +62,10 @@ void pack_keys(const element* keys, long n, long dim, word* packed) {
   }
 }
 
-// values[n][dim] as packed[words of kTile][dim].
+// values[n][dim] as packed[words of kTile][dim], likewise.
 void pack_values(const element* values, long n, long dim, word* packed) {
   for (long at = 0; at < kTile; at += kPerWord) {
-    ask_ahead(values + at * dim, kPerWord, dim);
+    ask(values + (kTile + at) * dim, kPerWord * dim);
     for (long d = 0; d < dim; d += 16) {
       __m512 rows[kPerWord];
       for (long i = 0; i < kPerWord; ++i)
@@ -105,26 +99,22 @@ void multiply(const element* a, long lda, const word* b, long ldb, long words, f
         _mm512_storeu_ps(c + r * ldc + 16 * j, sums[r][j]);
 }
 
-// The loops above for every number of rows and columns.
-struct Products {
-  decltype(&multiply<1, 1, false>) set, add;
-};
-template <int R, int C>
-constexpr Products kProductsOf = {multiply<R, C, false>, multiply<R, C, true>};
-template <int R>
-constexpr Products kProductsOfRows[kColumns] = {kProductsOf<R, 1>, kProductsOf<R, 2>,
-                                                kProductsOf<R, 3>, kProductsOf<R, 4>};
-constexpr const Products* kProducts[kRows] = {kProductsOfRows<1>, kProductsOfRows<2>,
-                                              kProductsOfRows<3>, kProductsOfRows<4>,
-                                              kProductsOfRows<5>, kProductsOfRows<6>};
+// The loop above for every number of rows and columns.
+using Multiply = decltype(&multiply<1, 1, false>);
+template <int R, bool onto>
+constexpr Multiply kOfRows[kColumns] = {multiply<R, 1, onto>, multiply<R, 2, onto>,
+                                        multiply<R, 3, onto>, multiply<R, 4, onto>};
+template <bool onto>
+constexpr const Multiply* kMultiply[kRows] = {kOfRows<1, onto>, kOfRows<2, onto>, kOfRows<3, onto>,
+                                              kOfRows<4, onto>, kOfRows<5, onto>, kOfRows<6, onto>};
 
 // The same of up to kRows rows and any multiple of 16 columns.
 template <bool onto>
 void product(int rows, long columns, const element* a, long lda, const word* b, long ldb,
              long words, float* c, long ldc) {
   for (long d = 0; d < columns; d += 16 * kColumns) {
-    const Products& loops = kProducts[rows - 1][std::min<long>(kColumns, (columns - d) / 16) - 1];
-    (onto ? loops.add : loops.set)(a, lda, b + d, ldb, words, c + d, ldc);
+    const long wide = std::min<long>(kColumns, (columns - d) / 16);
+    kMultiply<onto>[rows - 1][wide - 1](a, lda, b + d, ldb, words, c + d, ldc);
   }
 }
 
