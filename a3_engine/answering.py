@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,8 @@ from a3_engine.method import Method
 from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Prompt, Segment
+
+logger = logging.getLogger(__name__)
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, context_window: int) -> None:
@@ -83,17 +86,23 @@ def assemble(
         )
     selector, rotation = method.selector, runtime.support.rotation
     started = time.perf_counter()
-    loaded, used = [], segments_used(runtime.library, prompt, selector)
     report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
-    for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
+    cached = () if isinstance(selector, FullPrefill) else prompt.cached
+    for start, segment in cached:
+        if segment.kind == "chunk" and start + len(segment.ids) <= reused:
+            report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
+    wanted = [(start, segment) for start, segment in cached if start >= reused]
+    needed, used = (
+        [segment for _, segment in wanted],
+        segments_used(runtime.library, prompt, selector),
+    )
+    loaded = []
+    fetching = runtime.library.fetch_all(needed, used)
+    for start, segment in wanted:
         if abandoned():
             raise Abandoned
-        if start < reused:
-            if segment.kind == "chunk" and start + len(segment.ids) <= reused:
-                report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
-            continue
-        fetched = runtime.library.fetch(segment, used)
+        fetched = next(fetching)
         loaded.append((start, fetched.kv))
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
@@ -112,7 +121,7 @@ def assemble(
 
     def lay_out() -> FusedCache:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
-        load_chunks(cache, rotation, loaded)
+        cache.on_device = list(zip(needed, load_chunks(cache, rotation, loaded), strict=False))
         if turn is not None:
             turn.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
@@ -180,8 +189,37 @@ def answer(
 ) -> FusionReport:
     """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``.
 
-    Planning the prompt took ``plan_s`` since then.
+    Planning the prompt took ``plan_s`` since then. Where the device's memory does not suffice,
+    what it keeps for later requests is given up, and the request is tried once more.
     """
+    emitted = False
+
+    def emit_on(text: str) -> None:
+        nonlocal emitted
+        emitted = True
+        emit(text)
+
+    request = (runtime, prompt, method, sampling, started, plan_s, emit_on, abandoned)
+    try:
+        return _answer(*request)
+    except torch.OutOfMemoryError as error:
+        if emitted:
+            raise
+        logger.warning("%s. What is kept for later requests is given up for this one.", error)
+    runtime.make_room()  # here, since the error keeps alive what the first try held
+    return _answer(*request)
+
+
+def _answer(
+    runtime: Runtime,
+    prompt: Prompt,
+    method: Method,
+    sampling: Sampling,
+    started: float,
+    plan_s: float,
+    emit: Callable[[str], None],
+    abandoned: Callable[[], bool],
+) -> FusionReport:
     selector, room = method.selector, sampling.max_new_tokens
     report = FusionReport(
         model=runtime.name,
@@ -224,6 +262,8 @@ def answer(
             runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
         if report.fused:
             mark_used(runtime, prompt, selector)
+            if isinstance(cache, FusedCache) and runtime.library is not None:
+                runtime.library.keep_resident(cache.on_device)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens

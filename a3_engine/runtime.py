@@ -7,27 +7,30 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine import native
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
+from a3_engine.chunks.kv import token_nbytes
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
 from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.sparse import LocalQueries
-from a3_engine.fusion.turns import Turns
+from a3_engine.fusion.turns import MAX_BYTES, Turns
 from a3_engine.model.computing import Computing
 from a3_engine.model.packing import pack
 from a3_engine.model.support import Support, examine
+from a3_engine.native import loops
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
 
 logger = logging.getLogger(__name__)
 
 MAX_REPORTS = 64
+TURN_TOKENS = 16_384  # of kept conversations, where that is more than the least bound in bytes
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,21 @@ class Runtime:
     local_queries: LocalQueries | None
     fingerprint: str
     shared: SharedDecoding
-    turns: Turns = field(default_factory=Turns)
+    turns: Turns
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property
     def computing(self) -> Computing:
         """Where the model computes."""
         return self.shared.computing
+
+    def make_room(self) -> None:
+        """Give back the device's memory that serves requests to come, for the one that wants it."""
+        self.turns.clear()
+        if self.library is not None:
+            self.library.resident.clear()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Release file handles, kept turns and memory kept for caches."""
@@ -91,7 +102,7 @@ def start(
         The folder cannot be used.
     """
     if model.device.type == "cpu":
-        native.library(model.dtype)  # compiled now where it has to be, not during a request
+        loops.library(model.dtype)  # compiled now where it has to be, not during a request
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
     support = shared.computing.run(lambda: examine(model))
@@ -103,7 +114,7 @@ def start(
             name,
             model.config.get_text_config().model_type,
         )
-    chunks = open_store(cache_dir / "chunks", size_limit, store)
+    chunks = open_store(cache_dir / "chunks", size_limit, store, pin=model.device.type == "cuda")
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
     engine = digest(
         model_fingerprint(model),
@@ -137,4 +148,5 @@ def start(
         local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids),
         shared=shared,
+        turns=Turns(max_bytes=max(MAX_BYTES, TURN_TOKENS * token_nbytes(model))),
     )

@@ -14,9 +14,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from a3_engine import native
 from a3_engine.benchmark.roofline import Shape
 from a3_engine.model.packing import PackedLinear
+from a3_engine.native import loops
 
 REPEATS = 5
 SQUARE = {"cpu": 2048}  # side of a product that is large for the device
@@ -54,7 +54,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "dtype": str(dtype).removeprefix("torch."),
-        "loops": device.type == "cpu" and native.library(dtype) is not None,
+        "loops": device.type == "cpu" and loops.library(dtype) is not None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -17,6 +17,7 @@ from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.flights import Flights
 from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.chunks.payload import Header, Payload
+from a3_engine.chunks.resident import Resident
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError
 from a3_engine.model.computing import Computing
@@ -24,6 +25,8 @@ from a3_engine.model.rotary import Rotation
 from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
+
+READERS = 8  # chunks of a request that are read and checked at once
 
 
 class Fetched(NamedTuple):
@@ -73,6 +76,12 @@ class ChunkLibrary:
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = Flights()
+        self._device = decoder.device
+        self.resident = Resident.on(self._device)
+        # On a CPU the hashes of several chunks at once take longer than the one it is used for.
+        self._readers = (
+            None if self._device.type == "cpu" else ThreadPoolExecutor(READERS, "a3-read")
+        )
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
         """Those that are not stored, each once; the stored ones take over the segments' tags."""
@@ -80,6 +89,19 @@ class ChunkLibrary:
         stored = self.store.contains_many(by_key)
         self.store.retag({key: tag for key in stored if (tag := by_key[key].tag) is not None})
         return [segment for key, segment in by_key.items() if key not in stored]
+
+    def fetch_all(
+        self, segments: Sequence[Segment], beside: Sequence[Segment]
+    ) -> Iterator[Fetched]:
+        """:meth:`fetch` of each; for a GPU, several are read and checked at once."""
+        if self._readers is None:
+            return (self.fetch(segment, beside) for segment in segments)
+        return self._readers.map(lambda segment: self.fetch(segment, beside), segments)
+
+    def keep_resident(self, brought: Iterable[tuple[Segment, ChunkKV]]) -> None:
+        """Leave what a request has brought to the device, whole, there for the next one."""
+        for segment, kv in brought:
+            self.resident.put(self.header(segment).key, kv)
 
     def fetch(self, segment: Segment, beside: Iterable[Segment] = ()) -> Fetched:
         """Load a segment's KV, or compute and store it, and know its text from then on.
@@ -92,12 +114,14 @@ class ChunkLibrary:
         it.
         """
         header = self.header(segment)
+        if (resident := self.resident.get(header.key)) is not None:
+            return Fetched(resident, True, header.nbytes, 0.0)
         if (stored := self.store.get(header)) is not None:
-            return Fetched(stored.kv(), True, stored.nbytes, 0.0)
+            return Fetched(self._near(stored), True, stored.nbytes, 0.0)
         prefix = self._prefix(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
-                return Fetched(stored.kv(), True, stored.nbytes, 0.0)
+                return Fetched(self._near(stored), True, stored.nbytes, 0.0)
             self.mark_used(beside)
             [payload], started = self._compute([segment], prefix)
             try:
@@ -107,6 +131,15 @@ class ChunkLibrary:
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
+
+    def _near(self, stored: Payload) -> ChunkKV:
+        """A stored chunk where the device gets at it fast: decoded there, or in pinned memory."""
+        if self._device.type != "cuda":
+            return stored.kv()
+        if stored.header.codec != DEFAULT_CODEC:
+            return stored.on(self._device).kv()
+        kv = stored.kv()
+        return kv if kv.keys.is_pinned() else ChunkKV(kv.keys.pin_memory(), kv.values.pin_memory())
 
     def mark_used(self, segments: Iterable[Segment]) -> None:
         """Let the least recently used chunks be others; a write, so not before a first token."""
@@ -180,7 +213,9 @@ class ChunkLibrary:
     def evict(self, tag: str) -> int:
         """Remove the chunks with this tag; returns how many were stored."""
         self.catalogue.forget(tag)
-        return len(self.store.evict(tag))
+        keys = self.store.evict(tag)
+        self.resident.discard(keys)
+        return len(keys)
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""

@@ -116,6 +116,10 @@ class Payload:
         header = self.header
         return get_codec(header.codec).decode(self.tensors, header.shape, header.torch_dtype)
 
+    def on(self, device: torch.device) -> Payload:
+        """The same with its tensors on a device, to be decoded there."""
+        return replace(self, tensors={n: t.to(device) for n, t in self.tensors.items()})
+
     def to_bytes(self, secret: bytes | None = None) -> bytes:
         """A safetensors document."""
         metadata = {"a3": self.header.to_json(), "sha256": self.digest().hex()}

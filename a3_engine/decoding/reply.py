@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from a3_engine.decoding.sampling import Sampling, draw
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.model.rows import send
 
 
 class Reply:
@@ -53,7 +54,7 @@ class Reply:
         self.error: BaseException | None = None
         self._model = model
         device = model.get_input_embeddings().weight.device
-        self.ids = torch.tensor([list(ids)], device=device)
+        self.ids = send(torch.tensor([list(ids)]), device)
         self._sampling, self._processors = sampling, processors
         self._ends, self._emitter, self._abandoned = ends, emitter, abandoned
 

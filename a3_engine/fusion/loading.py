@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from a3_engine import native
 from a3_engine.chunks.kv import ChunkKV, kv_shape
+from a3_engine.fusion.arrival import load_by_kernel
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
+from a3_engine.native import loops
 
 
 def allocate(
@@ -46,7 +47,7 @@ def _device(layer: nn.Module) -> torch.device:
 @torch.inference_mode()
 def load_chunks(
     cache: FusedCache, rotation: Rotation, chunks: Sequence[tuple[int, ChunkKV]]
-) -> None:
+) -> list[ChunkKV]:
     """Copy chunks into the cache and turn their keys to where they now stand.
 
     Parameters
@@ -55,21 +56,27 @@ def load_chunks(
         Freshly allocated.
     chunks : sequence of (position of the first token, ChunkKV)
         May leave gaps, which the fusion pass fills. Every prompt of the cache has them all.
+
+    Returns
+    -------
+    list of ChunkKV
+        The chunks on the cache's device, where that is what a kernel reads; else none.
     """
     if not chunks:
-        return
+        return []
     stop = max(start + kv.n_tokens for start, kv in chunks)
     tables = rotation.tables_up_to(stop, cache.devices)
+    if (arrived := load_by_kernel(cache, tables, chunks)) is not None:
+        return arrived
     stored = list(cache.stored())
-    if native.places(chunks, stored):
+    if loops.places(chunks, stored):
         for prompt in range(len(stored[0][0])):
-            native.place(
-                chunks, [(keys[prompt], values[prompt]) for keys, values in stored], tables
-            )
-        return
+            loops.place(chunks, [(keys[prompt], values[prompt]) for keys, values in stored], tables)
+        return []
     # One rotation a layer over all that was loaded costs less than one for every chunk.
     for index, ((keys, values), (cos, sin)) in enumerate(zip(stored, tables, strict=True)):
         for start, kv in chunks:
             keys[:, :, start : start + kv.n_tokens] = kv.keys[index]
             values[:, :, start : start + kv.n_tokens] = kv.values[index]
         rotate_(keys[:, :, :stop], cos[:stop], sin[:stop])
+    return []

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3_engine import native
 from a3_engine.model.caching import without_cache
-from a3_engine.model.rows import Ragged, Rows, Scratch
+from a3_engine.model.rows import Addressed, Ragged, Rows, Scratch, send
 
 PREFIX = "a3_"
 FUSED_KEYS = 3072  # up to so many, the fused kernel is the quickest for one token everywhere
@@ -109,10 +109,10 @@ def attend_rows(
     if rows.observer is not None:
         rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
     keys, values = list(key[:, None]), list(value[:, None])
-    if softcap is None and native.attends(query, keys, values):
-        first, last = rows.seen(sliding_window)
-        shared = rows.near.shared if rows.near is not None else None
-        return native.attend(query, keys, values, first, last, scaling, shared)
+    if native.attends(query, keys, values, softcap):
+        first, last = rows.seen(sliding_window, query.device)
+        shared = send(rows.near.shared, query.device) if rows.near is not None else None
+        return native.attend(query, keys, values, first, last, scaling, shared, softcap)
     attend = _attention_for(query, rows.scratch, softcap)
     output = torch.empty_like(query)
     for block in rows.blocks(sliding_window, query):
@@ -144,7 +144,7 @@ def attend_ragged(
     ----------
     query : torch.Tensor
         Shape ``(requests, heads, 1, head_dim)``.
-    keys, values : sequence of torch.Tensor
+    keys, values : sequence of torch.Tensor, or Addressed
         Each ``(1, kv_heads, its tokens, head_dim)``; the last token is the query's.
 
     Returns
@@ -152,12 +152,15 @@ def attend_ragged(
     torch.Tensor
         Shape ``(requests, 1, heads, head_dim)``.
     """
+    if isinstance(keys, Addressed):
+        return keys.attend(query, scaling, sliding_window, softcap)
     n_requests, heads, head_dim = query.shape[0], query.shape[1], query.shape[3]
     kv_heads = keys[0].shape[1]
-    if softcap is None and native.attends(query, keys, values):
+    if native.attends(query, keys, values, softcap):
         last = torch.tensor([[key.shape[2]] for key in keys])
         first = (last - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(last)
-        return native.attend(query, keys, values, first, last, scaling)
+        first, last = send(first, query.device), send(last, query.device)
+        return native.attend(query, keys, values, first, last, scaling, softcap=softcap)
     # Heads that share keys stand as rows: a kernel for single heads may copy the keys for each.
     grouped = query.reshape(n_requests, kv_heads, heads // kv_heads, head_dim)
     output = torch.empty_like(grouped)

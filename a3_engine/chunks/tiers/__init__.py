@@ -12,9 +12,18 @@ from a3_engine.chunks.tiers.tiered import TieredStore
 
 
 def open_store(
-    directory: Path, size_limit: int = DEFAULT_SIZE_LIMIT, options: StoreOptions | None = None
+    directory: Path,
+    size_limit: int = DEFAULT_SIZE_LIMIT,
+    options: StoreOptions | None = None,
+    *,
+    pin: bool = False,
 ) -> ChunkStore:
     """The local folder, with what the options put around it.
+
+    Parameters
+    ----------
+    pin : bool
+        Whether chunks in memory are read by a GPU; see :class:`MemoryTier`.
 
     Raises
     ------
@@ -25,7 +34,7 @@ def open_store(
     disk = DiskStore(directory, size_limit, secret=options.secret)
     tiers: list[ChunkStore] = [disk]
     if options.memory_limit:
-        tiers.insert(0, MemoryTier(options.memory_limit))
+        tiers.insert(0, MemoryTier(options.memory_limit, pin=pin))
     if options.url:
         tiers.append(RemoteTier.open(options.url, timeout=options.timeout, secret=options.secret))
     return disk if len(tiers) == 1 else TieredStore(tiers, local=disk)
