@@ -21,6 +21,7 @@ from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
 from a3_engine.model.computing import Computing
 from a3_engine.model.packing import pack
+from a3_engine.model.probe import TEXT
 from a3_engine.model.support import Support, examine
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
@@ -94,7 +95,8 @@ def start(
         native.library(model.dtype)  # compiled now where it has to be, not during a request
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
-    support = shared.computing.run(lambda: examine(model))
+    text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
+    support = shared.computing.run(lambda: examine(model, text))
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
     elif not support.tested:
