@@ -28,7 +28,7 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.method import Method
-from a3_engine.model.loading import default_cache_dir, load_model
+from a3_engine.model.loading import default_cache_dir, load_model, transformers_model
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
 from a3_engine.runtime import Runtime, start
@@ -136,6 +136,7 @@ class A3Engine:
         ModelLoadError
             On first use, if nothing can be loaded.
         """
+        model = transformers_model(model)
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ValueError("Give the tokenizer together with a loaded model.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
 from a3_engine.decoding.sharing import SharedDecoding
+from a3_engine.errors import shortened
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import Turns
@@ -97,6 +98,12 @@ def start(
     shared = SharedDecoding(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
     support = shared.computing.run(lambda: examine(model, text))
+    try:
+        weights = model_fingerprint(model)
+    except Exception as error:  # no chunk could be known to be this model's
+        weights = "unknown"
+        reason = support.reason or f"its weights cannot be read: {shortened(error)}"
+        support = replace(support, rotation=None, reason=reason)
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
     elif not support.tested:
@@ -108,7 +115,7 @@ def start(
     chunks = open_store(cache_dir / "chunks", size_limit, store)
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
     engine = digest(
-        model_fingerprint(model),
+        weights,
         tokenizer_fingerprint(tokenizer),
         codec,
         support.rotation.inv_freq.tolist() if support.rotation else None,

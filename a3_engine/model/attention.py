@@ -72,6 +72,8 @@ def install(model: PreTrainedModel) -> None:
     current = model.config._attn_implementation
     if current.startswith(PREFIX):
         return
+    if "flash" in current:  # transformers would look for a package by the new name
+        current = "sdpa" if model._supports_sdpa else "eager"
     name = PREFIX + current
 
     def attention(

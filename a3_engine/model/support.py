@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.errors import UnsupportedModelError
+from a3_engine.errors import UnsupportedModelError, shortened
 from a3_engine.fusion.batch import step
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import FusionPass, arguments, install_hooks
@@ -23,7 +23,8 @@ from a3_engine.fusion.loading import allocate
 from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
-from a3_engine.model.attention import has_window, install
+from a3_engine.model.attention import has_window
+from a3_engine.model.devices import input_device
 from a3_engine.model.probe import Outcome, Probe, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
@@ -78,13 +79,14 @@ def examine(model: PreTrainedModel, text: Sequence[int]) -> Support:
     try:
         decoder = find_decoder(model)
         rotation = read_rotation(decoder)
-        install(model)
-        install_hooks(decoder.layers)
+        install_hooks(model)
         _self_check(model, rotation, text)
     except UnsupportedModelError as error:
         return Support(None, str(error), tested)
     except Exception as error:  # whatever goes wrong, the gate stays closed
-        return Support(None, f"the self-check failed: {error!r}", tested)
+        return Support(
+            None, f"the self-check failed: {type(error).__name__}: {shortened(error)}", tested
+        )
     return Support(rotation, None, tested)
 
 
@@ -109,6 +111,8 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     }
     if others:
         raise UnsupportedModelError(f"it has layers of type {', '.join(sorted(others))}")
+    if any(weight.device.type == "meta" for weight in model.parameters()):
+        raise UnsupportedModelError("some of its weights are kept elsewhere (offloaded)")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
@@ -120,7 +124,7 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
 def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int]) -> None:
     if model.dtype not in DTYPES:
         raise UnsupportedModelError(f"it computes in {model.dtype}")
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     long = _long(model, device)
     ids = torch.tensor([(list(text) * (long // len(text) + 1))[: long + STEPS]], device=device)
     steps = torch.arange(STEPS)
