@@ -91,6 +91,27 @@ def _plain(name: str, weight: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _plain(f"{name}.{part} {context}", getattr(weight, part))
 
 
+class Watch:
+    """Notices changes of weights and adapters without reading any weight.
+
+    What is done to a weight in place, another one in its place, and adapters that are switched,
+    scaled or merged are seen; adapters that are added later, or changed through ``.data``, are not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = [each for each in model.parameters() if not each.is_inference()]
+        self._adapters = [each for each in model.modules() if hasattr(each, "merged_adapters")]
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Whether something is not as it was when this was made."""
+        return self._look() != self._seen
+
+    def _look(self) -> list[object]:
+        weights = [(each.data_ptr(), each._version) for each in self._weights]
+        return [weights, *([str(getattr(a, n, None)) for n in ADAPTER] for a in self._adapters)]
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identity of a tokenizer: its serialized rules where it has them, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

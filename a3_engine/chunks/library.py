@@ -69,10 +69,23 @@ class ChunkLibrary:
         self.prefix_ids = prefix_ids
         self._decoder, self._rotation = decoder, rotation
         self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
-        self._engine, self._codec = engine, codec
+        self._engine, self.codec = engine, codec
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = Flights()
+
+    def of(self, engine: str) -> ChunkLibrary:
+        """The same for another fingerprint."""
+        return ChunkLibrary(
+            self._decoder,
+            self._rotation,
+            self.store,
+            self.catalogue.of(engine),
+            engine=engine,
+            codec=self.codec,
+            prefix_ids=self.prefix_ids,
+            computing=self._computing,
+        )
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
         """Those that are not stored, each once; the stored ones take over the segments' tags."""
@@ -186,7 +199,7 @@ class ChunkLibrary:
         """What the payload of a segment must say of itself."""
         behind = () if segment.kind == "prefix" else self.prefix_ids
         key = chunk_key(self._engine, behind, segment.ids)
-        codec = DEFAULT_CODEC if segment.kind == "prefix" else self._codec
+        codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
         return Header(key, self._engine, shape, self._dtype, codec)

@@ -228,3 +228,53 @@ def test_mps_is_for_those_who_ask_for_it(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert devices.best_device() == torch.device("cpu")
     assert devices.default_dtype(torch.device("mps")) == torch.float16
+
+
+def hits(engine: A3Engine) -> list[bool]:
+    report = engine.generate(ASK, chunks=CHUNKS, max_new_tokens=1).report
+    return [chunk.hit for chunk in report.chunks]
+
+
+def change_in_place(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+
+
+def exchange(model: PreTrainedModel) -> None:
+    norm = model.model.layers[1].input_layernorm
+    norm.weight.data = norm.weight.data * 2
+
+
+def load_others(model: PreTrainedModel) -> None:
+    model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()})
+
+
+def switch_adapter(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.q_proj.active_adapters = ["med"]
+
+
+@pytest.mark.parametrize("change", [change_in_place, exchange, load_others, switch_adapter])
+def test_chunks_of_other_weights_are_never_served(engine, change):
+    """The engine goes on as a new one would that had been given the changed model."""
+    model = tiny_model("llama")
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.merged_adapters, layer.active_adapters = [], ["law"]
+    own = engine(model)
+    own.precompute(CHUNKS, progress=False)
+    assert hits(own) == [True, True]
+    before = own.fingerprint
+    change(model)
+    assert hits(own) == [False, False]
+    assert own.fingerprint == engine(model).fingerprint != before
+    assert hits(engine(model)) == hits(own) == [True, True]
+
+
+def test_refresh_reads_what_cannot_be_noticed(engine):
+    model = tiny_model("llama")
+    own = engine(model)
+    own.precompute(CHUNKS, progress=False)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+    assert hits(own) == [True, True]
+    own.refresh()
+    assert hits(own) == [False, False]
+    assert own.fingerprint == engine(model).fingerprint
