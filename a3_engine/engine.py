@@ -28,10 +28,10 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.method import Method
-from a3_engine.model.loading import default_cache_dir, load_model
+from a3_engine.model.loading import default_cache_dir, load_model, transformers_model
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.runtime import Runtime, start
+from a3_engine.runtime import Runtime, renewed, start
 from a3_engine.segments import Prompt
 
 METHOD_OPTIONS = ("selector", "ratio", "compression", "keep")
@@ -136,6 +136,7 @@ class A3Engine:
         ModelLoadError
             On first use, if nothing can be loaded.
         """
+        model = transformers_model(model)
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ValueError("Give the tokenizer together with a loaded model.")
@@ -165,7 +166,10 @@ class A3Engine:
 
     @property
     def runtime(self) -> Runtime:
-        """Model, planner and store; made by the first thread that asks."""
+        """Model, planner and store; made by the first thread that asks.
+
+        Where the model's weights or adapters changed, its chunks are others from then on.
+        """
         with self._starting:
             if self._runtime is None:
                 own = callable(self._source)
@@ -173,6 +177,8 @@ class A3Engine:
                 self._runtime = start(
                     self.name, model, tokenizer, own=own, cache_dir=self.cache_dir, **self._settings
                 )
+            elif self._runtime.watch.changed():
+                self._runtime = renewed(self._runtime)
             return self._runtime
 
     @property
@@ -230,6 +236,16 @@ class A3Engine:
     def verify(self) -> list[str]:
         """Check every stored chunk, remove the damaged ones, and say what was wrong with them."""
         return self.runtime.store.verify()
+
+    def refresh(self) -> None:
+        """Read the model's weights anew, after a change that the engine cannot notice.
+
+        It notices weights changed in place or exchanged, and adapters switched, scaled or merged;
+        not adapters that are added, nor what is written through ``weight.data``.
+        """
+        with self._starting:
+            if self._runtime is not None:
+                self._runtime = renewed(self._runtime)
 
     def close(self) -> None:
         """Release the store's files. The engine can be used again; it then opens anew."""

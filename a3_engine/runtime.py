@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.chunks.catalogue import Catalogue
-from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
+from a3_engine.chunks.fingerprint import (
+    Watch,
+    digest,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 from a3_engine.chunks.kv import token_nbytes
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
 from a3_engine.decoding.sharing import SharedDecoding
+from a3_engine.errors import shortened
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.fusion.turns import MAX_BYTES, Turns
 from a3_engine.model.computing import Computing
 from a3_engine.model.packing import pack
+from a3_engine.model.probe import TEXT
 from a3_engine.model.support import Support, examine
 from a3_engine.native import loops
 from a3_engine.prompt import PromptPlanner
@@ -38,8 +45,8 @@ class Runtime:
     """A loaded model and what serves it.
 
     ``library`` and ``local_queries`` are None for a model that the gate refused. ``shared`` lets
-    requests that decode at the same time share their steps. ``reports`` are those of the last
-    requests, to be explained.
+    requests that decode at the same time share their steps. ``watch`` notices changed weights.
+    ``reports`` are those of the last requests, to be explained.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Runtime:
     local_queries: LocalQueries | None
     fingerprint: str
     shared: SharedDecoding
+    watch: Watch
     turns: Turns
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
@@ -105,7 +113,9 @@ def start(
         loops.library(model.dtype)  # compiled now where it has to be, not during a request
     planner = PromptPlanner(tokenizer, encode_prefix)
     shared = SharedDecoding(model)
-    support = shared.computing.run(lambda: examine(model))
+    text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
+    support = shared.computing.run(lambda: examine(model, text))
+    engine, support = _identity(model, tokenizer, codec, support)
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
     elif not support.tested:
@@ -116,12 +126,6 @@ def start(
         )
     chunks = open_store(cache_dir / "chunks", size_limit, store, pin=model.device.type == "cuda")
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
-    engine = digest(
-        model_fingerprint(model),
-        tokenizer_fingerprint(tokenizer),
-        codec,
-        support.rotation.inv_freq.tolist() if support.rotation else None,
-    )
     if own and support.reason is None and support.tested:
         pack(model)
     library = None
@@ -148,5 +152,43 @@ def start(
         local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids),
         shared=shared,
-        turns=Turns(max_bytes=max(MAX_BYTES, TURN_TOKENS * token_nbytes(model))),
+        watch=Watch(model),  # which holds weights, so that it comes behind packing
+        turns=_turns(model),
     )
+
+
+def renewed(runtime: Runtime) -> Runtime:
+    """A runtime for the same model after a change of its weights: what was stored stays behind."""
+    watch, old = Watch(runtime.model), runtime.library
+    if old is None:
+        return replace(runtime, watch=watch)
+    engine, support = _identity(runtime.model, runtime.tokenizer, old.codec, runtime.support)
+    library = old.of(engine) if support.rotation is not None else None
+    runtime.planner.find = library.catalogue.find if library is not None else None
+    return replace(
+        runtime,
+        support=support,
+        library=library,
+        fingerprint=digest(engine, runtime.planner.prefix_ids),
+        turns=_turns(runtime.model),
+        watch=watch,
+    )
+
+
+def _turns(model: PreTrainedModel) -> Turns:
+    """Room for kept conversations by the model's bytes a token."""
+    return Turns(max_bytes=max(MAX_BYTES, TURN_TOKENS * token_nbytes(model)))
+
+
+def _identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: str, support: Support
+) -> tuple[str, Support]:
+    """Fingerprint of what makes keys and values; a model without one is not fused."""
+    try:
+        weights = model_fingerprint(model)
+    except Exception as error:
+        weights = "unknown"
+        reason = support.reason or f"its weights cannot be read: {shortened(error)}"
+        support = replace(support, rotation=None, reason=reason)
+    rotation = support.rotation.inv_freq.tolist() if support.rotation else None
+    return digest(weights, tokenizer_fingerprint(tokenizer), codec, rotation), support

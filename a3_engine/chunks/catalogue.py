@@ -153,6 +153,10 @@ class Catalogue:
                 f"The catalogue at {self._path} cannot be written: {error}."
             ) from error
 
+    def of(self, engine: str) -> Catalogue:
+        """The same for another engine."""
+        return Catalogue(self._path, engine)
+
     def close(self) -> None:
         with self._lock:
             self._db.close()

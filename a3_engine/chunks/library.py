@@ -72,7 +72,7 @@ class ChunkLibrary:
         self.prefix_ids = prefix_ids
         self._decoder, self._rotation = decoder, rotation
         self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
-        self._engine, self._codec = engine, codec
+        self._engine, self.codec = engine, codec
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = Flights()
@@ -81,6 +81,19 @@ class ChunkLibrary:
         # On a CPU the hashes of several chunks at once take longer than the one it is used for.
         self._readers = (
             None if self._device.type == "cpu" else ThreadPoolExecutor(READERS, "a3-read")
+        )
+
+    def of(self, engine: str) -> ChunkLibrary:
+        """The same for another fingerprint."""
+        return ChunkLibrary(
+            self._decoder,
+            self._rotation,
+            self.store,
+            self.catalogue.of(engine),
+            engine=engine,
+            codec=self.codec,
+            prefix_ids=self.prefix_ids,
+            computing=self._computing,
         )
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
@@ -221,7 +234,7 @@ class ChunkLibrary:
         """What the payload of a segment must say of itself."""
         behind = () if segment.kind == "prefix" else self.prefix_ids
         key = chunk_key(self._engine, behind, segment.ids)
-        codec = DEFAULT_CODEC if segment.kind == "prefix" else self._codec
+        codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
         return Header(key, self._engine, shape, self._dtype, codec)

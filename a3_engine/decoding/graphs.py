@@ -19,6 +19,7 @@ from a3_engine.chunks.kv import kv_shape
 from a3_engine.fusion.addressed import COLUMNS, AddressedCache, Seat
 from a3_engine.fusion.batch import step
 from a3_engine.model.caching import with_cache
+from a3_engine.model.devices import input_device
 from a3_engine.model.rows import send
 from a3_engine.native import kernels_on
 
@@ -49,7 +50,7 @@ class GraphedSteps:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         self._captured: dict[int, Captured] = {}
         self._seats: dict[int, Seat] = {}
         self._shown: tuple[int, list[Seat]] = (0, [])  # whose addresses a size's table holds

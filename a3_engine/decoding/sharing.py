@@ -15,6 +15,7 @@ from a3_engine.decoding.graphs import GraphedSteps
 from a3_engine.decoding.reply import Reply
 from a3_engine.fusion.fuse import arguments
 from a3_engine.model.computing import Computing
+from a3_engine.model.devices import input_device
 
 
 class SharedDecoding:
@@ -35,7 +36,7 @@ class SharedDecoding:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         self.computing = Computing.on(self._device)
         self.settings = model.generation_config
         self._meeting = threading.Condition()

@@ -8,6 +8,7 @@ the rows' keys and values over the loaded ones. No model code is copied.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +30,7 @@ from a3_engine.fusion.selectors.base import (
     Selector,
     States,
 )
-from a3_engine.model.attention import project
+from a3_engine.model.attention import install, project
 from a3_engine.model.caching import cache_in, with_cache
 from a3_engine.model.rows import Near, Observer, Rows, send
 
@@ -316,12 +317,18 @@ def run_pass(decoder: PreTrainedModel, ids: Sequence[Sequence[int]], cache: Fuse
     decoder(**arguments(decoder, send(torch.tensor(ids), device), cache))
 
 
-def install_hooks(layers: nn.ModuleList) -> None:
-    """Let caches of ours steer these decoder layers; any other call passes untouched."""
+def install_hooks(model: PreTrainedModel) -> None:
+    """Let caches of ours steer a model's decoder layers; any other call passes untouched."""
+    layers = model.get_decoder().layers
+    owner = weakref.ref(model)  # the layers would hold their model, in a circle
 
     def hook_for(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = cache_in(kwargs)
+            if index == 0 and isinstance(cache, (BatchCache, FusedCache)):
+                whole = owner()
+                assert whole is not None
+                install(whole)  # its attention may have been changed since
             if isinstance(cache, BatchCache):
                 return args, {**kwargs, "attention_mask": cache.mask}
             if not isinstance(cache, FusedCache):
@@ -338,6 +345,7 @@ def install_hooks(layers: nn.ModuleList) -> None:
 
     if getattr(layers, "_a3_hooks_installed", False):  # another engine shares the model
         return
+    install(model)
     layers._a3_hooks_installed = True  # type: ignore[assignment]
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)
