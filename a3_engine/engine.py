@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.ingestion import Precomputed, ingest
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
+from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
@@ -66,8 +66,8 @@ class A3Engine:
     encode_prefix : str
         What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
-    size_limit : int
-        Bytes that the chunk store may take.
+    size_limit : int or None
+        Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
         How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
     store : str, StoreOptions or None
@@ -85,12 +85,12 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
-        size_limit: int = DEFAULT_SIZE_LIMIT,
+        size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
     ) -> None:
         self.name = name
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.cache_dir = _absolute(cache_dir)
         self.selector = make_selector(selector, ratio)
         self.compression = make_compression(compression, keep)
         self._source = source
@@ -141,7 +141,7 @@ class A3Engine:
                 raise ValueError("Give the tokenizer together with a loaded model.")
             name = model.config._name_or_path or type(model).__name__
             return cls((model.eval(), tokenizer), name=name, cache_dir=cache_dir, **options)
-        folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        folder = _absolute(cache_dir)
 
         recipe: dict[str, Any] = {
             "model": model,
@@ -215,10 +215,14 @@ class A3Engine:
         Those not stored yet are computed when a prompt first holds them.
         """
         if (library := self.runtime.library) is not None:
-            library.catalogue.add((chunk.text.strip(), chunk.tag) for chunk in chunks)
+            library.know(self.runtime.planner.segments(chunks))
+            library.catalogue.try_to_write()
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks with this tag from the store; returns how many there were."""
+        """Remove the chunks that have this tag alone; returns how many were stored.
+
+        A chunk that several documents share has all their tags, and goes with the last of them.
+        """
         self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0
@@ -399,6 +403,11 @@ class A3Engine:
         return lambda emit, abandoned: answer(
             runtime, prompt, method, settings, started, plan_s, emit, abandoned
         )
+
+
+def _absolute(cache_dir: str | Path | None) -> Path:
+    """One folder for the engine's life, wherever the program goes."""
+    return Path(cache_dir).expanduser().absolute() if cache_dir else default_cache_dir()
 
 
 def _refuse_bare_text(chunks: Iterable[str | Chunk]) -> None:

@@ -10,7 +10,7 @@ say is always tokenized as text. Every segment is tokenized by itself, in every 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -142,6 +142,13 @@ class PromptPlanner:
         """Token ids of a chunk: its text without white space around it, never control tokens."""
         return self._remembered_ids(text.strip())
 
+    def segments(self, chunks: Iterable[str | Chunk]) -> list[Segment]:
+        """What chunks are in a prompt; those without a token are left out."""
+        found: list[Segment] = []
+        for chunk in chunks:
+            self._append_chunk(found, chunk if isinstance(chunk, Chunk) else Chunk(chunk))
+        return found
+
     def tokenize_text(self, text: str) -> tuple[int, ...]:
         """Ids of text in which control tokens are only characters."""
         with self._lock:
@@ -256,8 +263,8 @@ class PromptPlanner:
                 cut.append(part)
                 continue
             at = 0
-            for start, stop, tag in self.find(part):
-                cut += [part[at:start], Chunk(part[start:stop], tag)]
+            for start, stop in self.find(part):
+                cut += [part[at:start], Chunk(part[start:stop])]
                 at = stop
             cut.append(part[at:])
         return cut

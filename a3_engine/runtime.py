@@ -13,8 +13,8 @@ from a3_engine import native
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.store import ChunkStore, StoreOptions
-from a3_engine.chunks.tiers import open_store
+from a3_engine.chunks.store import StoreOptions
+from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
 from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.sparse import LocalQueries
@@ -44,7 +44,7 @@ class Runtime:
     tokenizer: PreTrainedTokenizerBase
     planner: PromptPlanner
     support: Support
-    store: ChunkStore
+    store: DiskStore | TieredStore
     library: ChunkLibrary | None
     local_queries: LocalQueries | None
     fingerprint: str
@@ -61,9 +61,9 @@ class Runtime:
         """Release file handles, kept turns and memory kept for caches."""
         self.turns.close()
         BUFFERS.clear()
-        self.store.close()
         if self.library is not None:
-            self.library.catalogue.close()
+            self.library.catalogue.try_to_write()
+        self.store.close()
 
 
 def start(
@@ -74,7 +74,7 @@ def start(
     own: bool,
     cache_dir: Path,
     encode_prefix: str,
-    size_limit: int,
+    size_limit: int | None,
     codec: str,
     store: StoreOptions,
 ) -> Runtime:
@@ -104,7 +104,8 @@ def start(
             model.config.get_text_config().model_type,
         )
     chunks = open_store(cache_dir / "chunks", size_limit, store)
-    logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
+    limit = chunks.local.size_limit
+    logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", limit / 2**30)
     engine = digest(
         model_fingerprint(model),
         tokenizer_fingerprint(tokenizer),
@@ -119,7 +120,7 @@ def start(
             model.get_decoder(),
             support.rotation,
             chunks,
-            Catalogue(cache_dir / "texts.sqlite3", engine),
+            Catalogue(chunks.local, engine),
             engine=engine,
             codec=codec,
             prefix_ids=planner.prefix_ids,

@@ -15,6 +15,7 @@ from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.encoding import batches, encode_chunks
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.flights import Flights
+from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore
@@ -69,17 +70,31 @@ class ChunkLibrary:
         self.prefix_ids = prefix_ids
         self._decoder, self._rotation = decoder, rotation
         self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
-        self._engine, self._codec = engine, codec
+        self._engine, self.codec = engine, codec
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = Flights()
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Those that are not stored, each once; the stored ones take over the segments' tags."""
+        """Those that are not stored, each once."""
         by_key = {self.header(segment).key: segment for segment in segments}
         stored = self.store.contains_many(by_key)
-        self.store.retag({key: tag for key in stored if (tag := by_key[key].tag) is not None})
         return [segment for key, segment in by_key.items() if key not in stored]
+
+    def know(self, segments: Iterable[Segment]) -> None:
+        """Find these segments' texts in prompts, and remember their tags; see `Catalogue`."""
+        self.catalogue.add(
+            (segment.text, self.header(segment).key, segment.tag) for segment in segments
+        )
+
+    def tag(self, segments: Iterable[Segment]) -> None:
+        """Give chunks that may be stored already these segments' tags too, in every tier."""
+        by_tag: dict[str, set[str]] = {}
+        for segment in segments:
+            if segment.tag is not None:
+                by_tag.setdefault(segment.tag, set()).add(self.header(segment).key)
+        for tag, keys in by_tag.items():
+            self.store.retag(dict.fromkeys(keys, tag))
 
     def fetch(self, segment: Segment, beside: Iterable[Segment] = ()) -> Fetched:
         """Load a segment's KV, or compute and store it, and know its text from then on.
@@ -101,7 +116,7 @@ class ChunkLibrary:
             self.mark_used(beside)
             [payload], started = self._compute([segment], prefix)
             try:
-                self._keep(payload, segment)
+                self.store.put(payload, segment.tag)
             except StoreError as error:
                 logger.warning("%s The chunk serves this request only.", error)
             # Decoded, so that this request answers as all later ones will.
@@ -144,7 +159,7 @@ class ChunkLibrary:
         def land() -> int:
             with flight:
                 for payload, segment in zip(payloads, missing, strict=True):
-                    self._keep(payload, segment)
+                    self.store.put(payload, segment.tag)
             return len(batch)
 
         return writer.submit(land)
@@ -169,24 +184,24 @@ class ChunkLibrary:
 
         computed, started = self._computing.run(encode)
         return [
-            Payload.of(kv, self.header(segment))
+            Payload.of(kv, self.header(segment), _about(segment))
             for kv, segment in zip(computed, segments, strict=True)
         ], started
 
-    def _keep(self, payload: Payload, segment: Segment) -> None:
-        self.store.put(payload, segment.tag)
-        self.catalogue.add([(segment.text, segment.tag)])
-
     def evict(self, tag: str) -> int:
-        """Remove the chunks with this tag; returns how many were stored."""
-        self.catalogue.forget(tag)
+        """Remove the chunks that have this tag alone; returns how many were stored."""
+        self.catalogue.write()  # what has the tag since a moment ago
         return len(self.store.evict(tag))
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
         behind = () if segment.kind == "prefix" else self.prefix_ids
         key = chunk_key(self._engine, behind, segment.ids)
-        codec = DEFAULT_CODEC if segment.kind == "prefix" else self._codec
+        codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
         return Header(key, self._engine, shape, self._dtype, codec)
+
+
+def _about(segment: Segment) -> str:
+    return About(Known.of(segment.text), segment.tag).to_json()

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.fusion.selectors import make_selector
@@ -77,7 +76,9 @@ class A3Settings(BaseModel):
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
-    size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    size_limit: int | None = Field(
+        default=None, gt=0, description="Bytes of the store; half of the free disk where None."
+    )
     codec: str = Field(
         default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
     )

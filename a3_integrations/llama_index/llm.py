@@ -31,7 +31,6 @@ from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport, Message
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
 from a3_engine.fusion.selectors import make_selector
@@ -101,7 +100,9 @@ class A3LLM(LLM):
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
-    size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    size_limit: int | None = Field(
+        default=None, gt=0, description="Bytes of the store; half of the free disk where None."
+    )
     codec: str = Field(
         default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
     )
