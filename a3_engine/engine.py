@@ -6,9 +6,11 @@ text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache 
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
+from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
@@ -170,6 +173,10 @@ class A3Engine:
             if self._runtime is None:
                 own = callable(self._source)
                 model, tokenizer = self._source() if callable(self._source) else self._source
+                if not own:
+                    # Its owner may call it at the same time: fast tokenizers keep truncation and
+                    # the handling of special tokens as state.
+                    tokenizer = copy.deepcopy(tokenizer)
                 self._runtime = start(
                     self.name, model, tokenizer, own=own, cache_dir=self.cache_dir, **self._settings
                 )
@@ -185,6 +192,20 @@ class A3Engine:
     def fingerprint(self) -> str:
         """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
         return self.runtime.fingerprint
+
+    def identity(self, **options: Any) -> str:
+        """A name for all that can change an answer beside the prompt; alike for like settings.
+
+        Parameters
+        ----------
+        **options
+            Those of :meth:`stream`, and whatever else of a request can change what is asked.
+        """
+        method = self._method(**{name: options.pop(name, None) for name in METHOD_OPTIONS})
+        runtime = self.runtime
+        template = runtime.tokenizer.chat_template
+        ends = runtime.shared.settings.eos_token_id
+        return digest(self.fingerprint, template, ends, repr(method), sorted(options.items()))
 
     @property
     def unsupported_reason(self) -> str | None:
@@ -399,6 +420,8 @@ class A3Engine:
         settings = Sampling(**options)
         prompt = self.plan(request, chunks)
         plan_s = time.perf_counter() - started
+        if settings.temperature > 0 and settings.seed is None:
+            settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
         return lambda emit, abandoned: answer(
             runtime, prompt, method, settings, started, plan_s, emit, abandoned

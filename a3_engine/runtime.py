@@ -15,6 +15,7 @@ from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fi
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.store import StoreOptions
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
+from a3_engine.decoding.seeds import Seeds
 from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.sparse import LocalQueries
@@ -50,6 +51,7 @@ class Runtime:
     fingerprint: str
     shared: SharedDecoding
     turns: Turns = field(default_factory=Turns)
+    seeds: Seeds = field(default_factory=Seeds)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property

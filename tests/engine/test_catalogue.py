@@ -191,3 +191,48 @@ def test_asking_for_news_takes_no_longer_with_more_known_texts(known):
         add(writer, *(f"{number} {SHORE}" for number in range(300)))
     assert steps() <= 2 * few
     assert found(catalogue, f"299 {SHORE}") == [f"299 {SHORE}"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        f"{SHORE}\n\n{LAMP}\n\nQuestion: {{}}",
+        f"Context:\n{SHORE}\n---\nAnswer the query.\nQuery: {{}}\nAnswer: ",
+        f"1. {SHORE}\n2. {LAMP}\n{LAMP} stands there. Now tell me: {{}}",
+        f"user: Question: {{0}}\n\n{SHORE}\n\nQuestion: {{0}}",
+        "{}",
+    ],
+)
+def test_a_question_that_is_stored_too_is_computed(known, turn):
+    """An index of questions and answers holds the very words that are asked."""
+    question = "Which ships may land at the northern shore in the winter?"
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(LAMP, SHORE, question).find)
+    for prompt in (
+        plans.plan([Message("user", turn.format(question))]),
+        plans.plan([Message("system", SHORE), Message("user", turn.format(question))]),
+        plans.plan_raw(turn.format(question)),
+    ):
+        ids = plans.tokenize_text(question)
+        *_, last = (
+            at for at in range(prompt.n_tokens) if tuple(prompt.ids[at:])[: len(ids)] == ids
+        )
+        layout = prompt.layout(plans.prefix_ids)
+        asked = set(layout.question.tolist())
+        assert asked >= set(range(last, last + len(ids)))
+        chunks = [segment.text for segment in prompt.segments if segment.kind == "chunk"]
+        assert chunks.count(SHORE) >= turn.count(SHORE)
+
+
+def test_words_behind_given_chunks_ask(known):
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(LAMP, SHORE).find)
+    prompt = plans.plan([Message("user", [Chunk(SHORE), "\n\n", LAMP])])
+    assert [s.text for s in prompt.segments if s.kind == "chunk"] == [SHORE]
+
+
+@pytest.mark.parametrize("between", ["\n\n", "\n---\n", "\n[{}] ", "\nDocument {}: ", " "])
+def test_the_last_of_several_documents_is_found(known, between):
+    texts = [f"{LAMP} {name}" for name in ("One", "Two", "Three")]
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(*texts).find)
+    text = "".join(between.format(n) + text for n, text in enumerate(texts)) + f"\n\n{ASK}"
+    prompt = plans.plan([Message("user", text)])
+    assert [s.text for s in prompt.segments if s.kind == "chunk"] == texts

@@ -189,6 +189,12 @@ class DiskStore:
         self._reopen_if_replaced()
         return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
 
+    def state(self) -> str:
+        """What stays the same as long as all that was stored is there."""
+        with self._errors("The index cannot be read in"):
+            self._reopen_if_replaced()
+            return self._index.state()
+
     def text_rows(self, tag: str | None = None) -> list[list[object]]:
         """Every engine's ``[engine, key, text]``, of one tag where given; see `Index`."""
         with self._errors("The index cannot be read in"):

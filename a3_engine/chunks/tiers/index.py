@@ -36,8 +36,11 @@ CREATE TABLE IF NOT EXISTS Texts (
 );
 CREATE INDEX IF NOT EXISTS Texts_key ON Texts (key);
 CREATE TABLE IF NOT EXISTS Evictions (id INTEGER PRIMARY KEY AUTOINCREMENT);
+CREATE TABLE IF NOT EXISTS Removals (id INTEGER PRIMARY KEY AUTOINCREMENT, store TEXT);
+INSERT INTO Removals (store) SELECT lower(hex(randomblob(16)))
+    WHERE NOT EXISTS (SELECT 1 FROM Removals);
 """
-TABLES = {"Cache", "Settings", "Tags", "Texts", "Evictions"}
+TABLES = {"Cache", "Settings", "Tags", "Texts", "Evictions", "Removals"}
 
 
 class Row(NamedTuple):
@@ -210,6 +213,11 @@ class Index:
         (page,) = self._db.execute("PRAGMA page_size").fetchone()
         return payloads + pages * page
 
+    def state(self) -> str:
+        """Another one for every store, and whenever something was removed."""
+        (state,) = self._db.execute("SELECT store || ' ' || id FROM Removals").fetchone()
+        return str(state)
+
     def problems(self) -> list[str]:
         """What sqlite itself finds wrong."""
         found = [str(message) for (message,) in self._db.execute("PRAGMA integrity_check")]
@@ -295,7 +303,10 @@ class Index:
     def _delete(self, where: str, values: tuple[Any, ...]) -> list[tuple[Any, Any]]:
         with self._database.writing() as db:
             query = f"DELETE FROM Cache WHERE ({where}) RETURNING key, filename"
-            return db.execute(query, values).fetchall()
+            removed = db.execute(query, values).fetchall()
+            if removed:
+                db.execute("UPDATE Removals SET id = id + 1")
+            return removed
 
     def _unlink(self, rows: Iterable[tuple[Any, Any]]) -> set[str]:
         keys = set()
