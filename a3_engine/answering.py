@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.library import ChunkLibrary
+from a3_engine.chunks.patience import one_request
 from a3_engine.decoding.generate import decode
 from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.decoding.sampling import Sampling
@@ -242,7 +243,8 @@ def _answer(
     cache: Cache | None = DynamicCache() if keeps else None
     try:
         if report.fused or turn is not None:
-            cache = assemble(runtime, prompt, method, room, report, abandoned, turn, reused)
+            with one_request():
+                cache = assemble(runtime, prompt, method, room, report, abandoned, turn, reused)
         if abandoned():
             raise Abandoned
         began = time.perf_counter()

@@ -6,9 +6,11 @@ text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache 
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
+from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.ingestion import Precomputed, ingest
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
+from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
@@ -66,8 +69,8 @@ class A3Engine:
     encode_prefix : str
         What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
-    size_limit : int
-        Bytes that the chunk store may take.
+    size_limit : int or None
+        Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
         How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
     store : str, StoreOptions or None
@@ -85,12 +88,12 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
-        size_limit: int = DEFAULT_SIZE_LIMIT,
+        size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
     ) -> None:
         self.name = name
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.cache_dir = _absolute(cache_dir)
         self.selector = make_selector(selector, ratio)
         self.compression = make_compression(compression, keep)
         self._source = source
@@ -142,7 +145,7 @@ class A3Engine:
                 raise ValueError("Give the tokenizer together with a loaded model.")
             name = model.config._name_or_path or type(model).__name__
             return cls((model.eval(), tokenizer), name=name, cache_dir=cache_dir, **options)
-        folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        folder = _absolute(cache_dir)
 
         recipe: dict[str, Any] = {
             "model": model,
@@ -174,6 +177,10 @@ class A3Engine:
             if self._runtime is None:
                 own = callable(self._source)
                 model, tokenizer = self._source() if callable(self._source) else self._source
+                if not own:
+                    # Its owner may call it at the same time: fast tokenizers keep truncation and
+                    # the handling of special tokens as state.
+                    tokenizer = copy.deepcopy(tokenizer)
                 self._runtime = start(
                     self.name, model, tokenizer, own=own, cache_dir=self.cache_dir, **self._settings
                 )
@@ -191,6 +198,20 @@ class A3Engine:
     def fingerprint(self) -> str:
         """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
         return self.runtime.fingerprint
+
+    def identity(self, **options: Any) -> str:
+        """A name for all that can change an answer beside the prompt; alike for like settings.
+
+        Parameters
+        ----------
+        **options
+            Those of :meth:`stream`, and whatever else of a request can change what is asked.
+        """
+        method = self._method(**{name: options.pop(name, None) for name in METHOD_OPTIONS})
+        runtime = self.runtime
+        template = runtime.tokenizer.chat_template
+        ends = runtime.shared.settings.eos_token_id
+        return digest(self.fingerprint, template, ends, repr(method), sorted(options.items()))
 
     @property
     def unsupported_reason(self) -> str | None:
@@ -221,10 +242,14 @@ class A3Engine:
         Those not stored yet are computed when a prompt first holds them.
         """
         if (library := self.runtime.library) is not None:
-            library.catalogue.add((chunk.text.strip(), chunk.tag) for chunk in chunks)
+            library.know(self.runtime.planner.segments(chunks))
+            library.catalogue.try_to_write()
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks with this tag from the store; returns how many there were."""
+        """Remove the chunks that have this tag alone; returns how many were stored.
+
+        A chunk that several documents share has all their tags, and goes with the last of them.
+        """
         self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0
@@ -411,10 +436,17 @@ class A3Engine:
         settings = Sampling(**options)
         prompt = self.plan(request, chunks)
         plan_s = time.perf_counter() - started
+        if settings.temperature > 0 and settings.seed is None:
+            settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
         return lambda emit, abandoned: answer(
             runtime, prompt, method, settings, started, plan_s, emit, abandoned
         )
+
+
+def _absolute(cache_dir: str | Path | None) -> Path:
+    """One folder for the engine's life, wherever the program goes."""
+    return Path(cache_dir).expanduser().absolute() if cache_dir else default_cache_dir()
 
 
 def _refuse_bare_text(chunks: Iterable[str | Chunk]) -> None:

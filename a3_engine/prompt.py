@@ -10,7 +10,7 @@ say is always tokenized as text. Every segment is tokenized by itself, in every 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -112,7 +112,7 @@ class PromptPlanner:
             index, parts = piece
             first = len(segments)
             behind_chunks = first
-            cut = self._matched(parts) if match else parts
+            cut = self._matched(parts, asks=index == last_user) if match else parts
             for part in cut:
                 if isinstance(part, Chunk):
                     self._append_chunk(segments, part)
@@ -130,7 +130,7 @@ class PromptPlanner:
         if not text:
             raise ValueError("The prompt is empty.")
         segments: list[Segment] = []
-        for part in self._matched([text]):
+        for part in self._matched([text], asks=True):
             if isinstance(part, Chunk):
                 self._append_chunk(segments, part)
             else:
@@ -141,6 +141,13 @@ class PromptPlanner:
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk: its text without white space around it, never control tokens."""
         return self._remembered_ids(text.strip())
+
+    def segments(self, chunks: Iterable[str | Chunk]) -> list[Segment]:
+        """What chunks are in a prompt; those without a token are left out."""
+        found: list[Segment] = []
+        for chunk in chunks:
+            self._append_chunk(found, chunk if isinstance(chunk, Chunk) else Chunk(chunk))
+        return found
 
     def tokenize_text(self, text: str) -> tuple[int, ...]:
         """Ids of text in which control tokens are only characters."""
@@ -246,21 +253,23 @@ class PromptPlanner:
             pieces.append((index, parts))
         return pieces + [text] * bool(text)
 
-    def _matched(self, parts: Sequence[str | Chunk]) -> list[str | Chunk]:
-        """Cut plain parts at the known chunks inside them."""
+    def _matched(self, parts: Sequence[str | Chunk], asks: bool) -> list[str | Chunk]:
+        """Cut plain parts at the known chunks inside them, but for a question that is known too."""
         if self.find is None:
             return list(parts)
         cut: list[str | Chunk] = []
-        for part in parts:
-            if isinstance(part, Chunk):
+        given = max((i for i, part in enumerate(parts) if isinstance(part, Chunk)), default=-1)
+        for place, part in enumerate(parts):
+            # Where documents are given as such, the words behind the last one ask.
+            if isinstance(part, Chunk) or (asks and 0 <= given < place):
                 cut.append(part)
                 continue
             at = 0
-            for start, stop, tag in self.find(part):
-                cut += [part[at:start], Chunk(part[start:stop], tag)]
+            for start, stop in self.find(part):
+                cut += [part[at:start], Chunk(part[start:stop])]
                 at = stop
             cut.append(part[at:])
-        return cut
+        return _with_its_question(cut) if asks and given < 0 else cut
 
     def _append_chunk(self, segments: list[Segment], chunk: Chunk) -> None:
         text = chunk.text.strip()
@@ -298,6 +307,35 @@ def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
     """Fast tokenizers keep the handling of special tokens as state, which engines may share."""
     with _locks_lock:
         return _locks.setdefault(tokenizer, threading.Lock())
+
+
+def _with_its_question(cut: list[str | Chunk]) -> list[str | Chunk]:
+    """Plain text cut at known chunks, whose last one is text again where it is the question.
+
+    A question may be a stored text too, as in an index of questions and answers. It is taken for
+    one where it is all that the turn says, or where other words stand before it in its line than
+    before the document ahead of it ("Query: ").
+    """
+    places = [place for place, part in enumerate(cut) if isinstance(part, Chunk)]
+    if not places:
+        return cut
+    last = places[-1]
+    if len(places) == 1:
+        asked = not any(part.strip() for part in cut if isinstance(part, str))
+    else:
+        label = _label(cut[last - 1])
+        asked = label != "" and label != _label(cut[places[-2] - 1])
+    if asked:
+        question = cut[last]
+        assert isinstance(question, Chunk)
+        cut[last] = question.text
+    return cut
+
+
+def _label(before: str | Chunk) -> str:
+    """What stands before a chunk in its line, whatever its number."""
+    line = before.rpartition("\n")[2] if isinstance(before, str) else ""
+    return "".join(letter for letter in line if letter.isalpha())
 
 
 def _for_strict_templates(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ from a3_engine.chunks.fingerprint import (
 )
 from a3_engine.chunks.kv import token_nbytes
 from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.store import ChunkStore, StoreOptions
-from a3_engine.chunks.tiers import open_store
+from a3_engine.chunks.store import StoreOptions
+from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
+from a3_engine.decoding.seeds import Seeds
 from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.errors import shortened
 from a3_engine.fusion.buffers import BUFFERS
@@ -54,13 +55,14 @@ class Runtime:
     tokenizer: PreTrainedTokenizerBase
     planner: PromptPlanner
     support: Support
-    store: ChunkStore
+    store: DiskStore | TieredStore
     library: ChunkLibrary | None
     local_queries: LocalQueries | None
     fingerprint: str
     shared: SharedDecoding
     watch: Watch
     turns: Turns
+    seeds: Seeds = field(default_factory=Seeds)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property
@@ -80,9 +82,9 @@ class Runtime:
         """Release file handles, kept turns and memory kept for caches."""
         self.turns.close()
         BUFFERS.clear()
-        self.store.close()
         if self.library is not None:
-            self.library.catalogue.close()
+            self.library.catalogue.try_to_write()
+        self.store.close()
 
 
 def start(
@@ -93,7 +95,7 @@ def start(
     own: bool,
     cache_dir: Path,
     encode_prefix: str,
-    size_limit: int,
+    size_limit: int | None,
     codec: str,
     store: StoreOptions,
 ) -> Runtime:
@@ -125,7 +127,8 @@ def start(
             model.config.get_text_config().model_type,
         )
     chunks = open_store(cache_dir / "chunks", size_limit, store, pin=model.device.type == "cuda")
-    logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", size_limit / 2**30)
+    limit = chunks.local.size_limit
+    logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", limit / 2**30)
     if own and support.reason is None and support.tested:
         pack(model)
     library = None
@@ -134,7 +137,7 @@ def start(
             model.get_decoder(),
             support.rotation,
             chunks,
-            Catalogue(cache_dir / "texts.sqlite3", engine),
+            Catalogue(chunks.local, engine),
             engine=engine,
             codec=codec,
             prefix_ids=planner.prefix_ids,

@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.tiers.disk import DiskStore
 
 HEAD = "source: handbook/maintenance/2026.pdf\nlanguage: en\n\n"
 TAIL = "\n\nSee the appendix for the terms of use."
@@ -45,8 +46,11 @@ def measure(stored: int, found: int, chars: int, repeats: int, alike: bool) -> d
     words = ["".join(random_.choices(letters, k=random_.randint(2, 10))) for _ in range(5000)]
     texts = [make_text(random_, words, alike) for _ in range(stored)]
     with tempfile.TemporaryDirectory(prefix="a3-matching-") as folder:
-        catalogue = Catalogue(Path(folder) / "texts.sqlite3", "benchmark")
-        catalogue.add((text, None) for text in tqdm(texts, desc="Storing texts", file=sys.stderr))
+        store = DiskStore(Path(folder) / "chunks")
+        catalogue = Catalogue(store, "benchmark")
+        bar = tqdm(texts, desc="Storing texts", file=sys.stderr)
+        catalogue.add((text, f"{number:064x}", None) for number, text in enumerate(bar))
+        catalogue.write()
         started = time.perf_counter()
         catalogue.find("")
         first_s = time.perf_counter() - started
@@ -61,7 +65,7 @@ def measure(stored: int, found: int, chars: int, repeats: int, alike: bool) -> d
             matches = catalogue.find(prompt)
             times.append(time.perf_counter() - started)
             assert sorted(prompt[m.start : m.stop] for m in matches) == sorted(known)
-        catalogue.close()
+        store.close()
     return {
         "texts": "alike at both ends" if alike else "different",
         "stored": stored,

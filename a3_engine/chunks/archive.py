@@ -9,25 +9,27 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.payload import DamagedPayload, claim, open_bytes, open_file, read_header
 from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.chunks.tiers.index import Note
 from a3_engine.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 TEXTS = "texts.json"
+KEY = re.compile("[0-9a-f]{64}")
 
 
 def export_chunks(
     store: DiskStore,
-    catalogue: Catalogue,
     archive: Path,
     tag: str | None = None,
     secret: bytes | None = None,
@@ -50,7 +52,7 @@ def export_chunks(
     with tarfile.open(partial, "w") as tar:
         for row, path in store.entries():
             step()
-            if tag is not None and row.tag != tag:
+            if tag is not None and tag not in row.tags:
                 continue
             try:
                 payload = open_file(path, read_header(path), secret, hashed=False)
@@ -58,9 +60,9 @@ def export_chunks(
                 logger.warning("Chunk %s is damaged (%s) and left out.", row.key[:12], error)
                 continue
             _add(tar, row.key + SUFFIX, payload.to_bytes(secret))
-            tags[row.key] = row.tag
+            tags[row.key] = row.tags
             count += 1
-        texts = {"tags": tags, "texts": catalogue.rows(tag)}
+        texts = {"tags": tags, "texts": store.text_rows(tag)}
         _add(tar, TEXTS, json.dumps(texts).encode())
     partial.replace(archive)
     return count
@@ -68,7 +70,6 @@ def export_chunks(
 
 def import_chunks(
     store: DiskStore,
-    catalogue: Catalogue,
     archive: Path,
     secret: bytes | None = None,
     step: Callable[[], object] = lambda: None,
@@ -78,7 +79,7 @@ def import_chunks(
     Returns
     -------
     tuple of int and list of str
-        Chunks taken over, and what was refused, with the reason.
+        Chunks taken over or there already, and what was refused, with the reason.
 
     Raises
     ------
@@ -103,13 +104,26 @@ def import_chunks(
                 except DamagedPayload as error:
                     refused.append(f"{member.name!r}: {error}")
                     continue
-                tag = texts["tags"].get(header.key)
-                store.put(payload, tag if isinstance(tag, str) else None)
+                if not store.contains_many([header.key]):  # what is there is not replaced
+                    store.put(payload)
                 count += 1
     except (tarfile.TarError, OSError) as error:
         raise StoreError(f"{archive} cannot be imported: {error}.") from error
-    catalogue.add_rows(texts["texts"])
+    store.note(_notes(texts))
     return count, refused
+
+
+def _notes(texts: dict[str, Any]) -> Iterator[Note]:
+    """The tags and texts of an archive; what cannot be one is left out."""
+    for key, tags in texts["tags"].items():
+        for tag in tags if isinstance(tags, list) else [tags]:
+            if isinstance(tag, str) and KEY.fullmatch(key):
+                yield Note("", key, About(None, tag))
+    for row in texts["texts"]:
+        match row:
+            case [str(engine), str(key), fields] if KEY.fullmatch(key):
+                if (known := Known.read(fields)) is not None:
+                    yield Note(engine, key, About(known))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -43,7 +43,7 @@ def examine(cache_dir: Path, url: str | None = None) -> list[Finding]:
         _space(folder),
     ]
     try:
-        store = DiskStore(folder, secret=StoreOptions().secret)
+        store = DiskStore(folder, secret=StoreOptions().secret, readonly=True)
     except StoreError as error:
         return [*findings, Finding(False, str(error)), *_far(url)]
     findings += _entries(store)

@@ -18,10 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What ingestion did, in chunks: computed now, or stored before; the empty ones are neither."""
+    """What ingestion did, in chunks: computed now, or stored before; the empty ones are neither.
+
+    ``dropped`` of these are not stored any more, since the store is smaller than all of them.
+    """
 
     computed: int
     present: int
+    dropped: int = 0
 
 
 def ingest(
@@ -31,11 +35,7 @@ def ingest(
     if runtime.library is None:
         logger.warning("Nothing is precomputed: %s.", runtime.support.reason)
         return Precomputed(0, 0)
-    segments = []
-    for chunk in chunks:
-        text, tag = (chunk.text, chunk.tag) if isinstance(chunk, Chunk) else (chunk, None)
-        if ids := runtime.planner.chunk_ids(text):
-            segments.append(Segment("chunk", ids, text.strip(), tag))
+    segments = runtime.planner.segments(chunks)
     for segment in segments:
         n_tokens = len(runtime.planner.prefix_ids) + len(segment.ids)
         if n_tokens >= context_window:
@@ -44,10 +44,52 @@ def ingest(
                 f"context window is {context_window}. Split it into smaller chunks. It "
                 f"begins with {segment.text[:40]!r}."
             )
-    missing = runtime.library.missing(segments)
+    library = runtime.library
+    missing = library.missing(segments)
+    _say_what_it_takes(runtime, missing)
     quiet = not progress or not missing
+    dropping = False
     with tqdm(total=len(missing), desc="Computing KV", unit="chunk", disable=quiet) as bar:
-        for _ in runtime.library.store_all(missing):
+        for _ in library.store_all(missing):
             bar.update()
-    runtime.library.catalogue.add((segment.text, segment.tag) for segment in segments)
-    return Precomputed(len(missing), len(segments) - len(missing))
+            if not dropping and bar.n > 1 and library.missing([_first(missing)]):
+                dropping = True
+                logger.warning(
+                    "The chunk store is full: chunks of this very ingestion are dropped for later "
+                    "ones. %s",
+                    _way_out(runtime),
+                )
+    library.tag(segments)
+    library.know(segments)
+    library.catalogue.write()
+    dropped = 0 if runtime.store.local.readonly else len(library.missing(segments))
+    return Precomputed(len(missing), len(segments) - len(missing), dropped)
+
+
+def _first(segments: list[Segment]) -> Segment:
+    """The one that ingestion stores first, and a full store drops first."""
+    return min(segments, key=lambda segment: len(segment.ids))
+
+
+def _say_what_it_takes(runtime: Runtime, missing: list[Segment]) -> None:
+    """Before the first is computed; a warning where the store cannot hold them."""
+    assert runtime.library is not None
+    nbytes = sum(runtime.library.header(segment).nbytes for segment in missing)
+    limit = runtime.store.local.size_limit
+    logger.info("%d chunks will take %.2f GiB of the disk.", len(missing), nbytes / 2**30)
+    if nbytes > limit:
+        logger.warning(
+            "%d chunks will take %.2f GiB, and the chunk store keeps to %.2f GiB: the first will "
+            "be dropped for the last. %s",
+            len(missing),
+            nbytes / 2**30,
+            limit / 2**30,
+            _way_out(runtime),
+        )
+
+
+def _way_out(runtime: Runtime) -> str:
+    stored = runtime.library.codec if runtime.library is not None else ""
+    smaller = {"raw": "int8 or int4", "int8": "int4", "fp8": "int4"}.get(stored)
+    codec = f", or store them as {smaller} by codec=" if smaller else ""
+    return f"Raise size_limit{codec}."

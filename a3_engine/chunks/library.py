@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.encoding import batches, encode_chunks
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.flights import Flights
+from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.resident import Resident
@@ -97,11 +99,25 @@ class ChunkLibrary:
         )
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Those that are not stored, each once; the stored ones take over the segments' tags."""
+        """Those that are not stored, each once."""
         by_key = {self.header(segment).key: segment for segment in segments}
         stored = self.store.contains_many(by_key)
-        self.store.retag({key: tag for key in stored if (tag := by_key[key].tag) is not None})
         return [segment for key, segment in by_key.items() if key not in stored]
+
+    def know(self, segments: Iterable[Segment]) -> None:
+        """Find these segments' texts in prompts, and remember their tags; see `Catalogue`."""
+        self.catalogue.add(
+            (segment.text, self.header(segment).key, segment.tag) for segment in segments
+        )
+
+    def tag(self, segments: Iterable[Segment]) -> None:
+        """Give chunks that may be stored already these segments' tags too, in every tier."""
+        by_tag: dict[str, set[str]] = {}
+        for segment in segments:
+            if segment.tag is not None:
+                by_tag.setdefault(segment.tag, set()).add(self.header(segment).key)
+        for tag, keys in by_tag.items():
+            self.store.retag(dict.fromkeys(keys, tag))
 
     def fetch_all(
         self, segments: Sequence[Segment], beside: Sequence[Segment]
@@ -109,7 +125,11 @@ class ChunkLibrary:
         """:meth:`fetch` of each; for a GPU, several are read and checked at once."""
         if self._readers is None:
             return (self.fetch(segment, beside) for segment in segments)
-        return self._readers.map(lambda segment: self.fetch(segment, beside), segments)
+        # The threads wait on behalf of this request; see `patience`.
+        contexts = [copy_context() for _ in segments]
+        return self._readers.map(
+            lambda context, segment: context.run(self.fetch, segment, beside), contexts, segments
+        )
 
     def keep_resident(self, brought: Iterable[tuple[Segment, ChunkKV]]) -> None:
         """Leave what a request has brought to the device, whole, there for the next one."""
@@ -138,7 +158,7 @@ class ChunkLibrary:
             self.mark_used(beside)
             [payload], started = self._compute([segment], prefix)
             try:
-                self._keep(payload, segment)
+                self.store.put(payload, segment.tag)
             except StoreError as error:
                 logger.warning("%s The chunk serves this request only.", error)
             # Decoded, so that this request answers as all later ones will.
@@ -190,7 +210,7 @@ class ChunkLibrary:
         def land() -> int:
             with flight:
                 for payload, segment in zip(payloads, missing, strict=True):
-                    self._keep(payload, segment)
+                    self.store.put(payload, segment.tag)
             return len(batch)
 
         return writer.submit(land)
@@ -215,17 +235,13 @@ class ChunkLibrary:
 
         computed, started = self._computing.run(encode)
         return [
-            Payload.of(kv, self.header(segment))
+            Payload.of(kv, self.header(segment), _about(segment))
             for kv, segment in zip(computed, segments, strict=True)
         ], started
 
-    def _keep(self, payload: Payload, segment: Segment) -> None:
-        self.store.put(payload, segment.tag)
-        self.catalogue.add([(segment.text, segment.tag)])
-
     def evict(self, tag: str) -> int:
-        """Remove the chunks with this tag; returns how many were stored."""
-        self.catalogue.forget(tag)
+        """Remove the chunks that have this tag alone; returns how many were stored."""
+        self.catalogue.write()  # what has the tag since a moment ago
         keys = self.store.evict(tag)
         self.resident.discard(keys)
         return len(keys)
@@ -238,3 +254,7 @@ class ChunkLibrary:
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
         return Header(key, self._engine, shape, self._dtype, codec)
+
+
+def _about(segment: Segment) -> str:
+    return About(Known.of(segment.text), segment.tag).to_json()

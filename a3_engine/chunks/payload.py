@@ -97,15 +97,20 @@ class DamagedPayload(Exception):
 
 @dataclass(frozen=True)
 class Payload:
-    """A header, and the encoded tensors that it describes."""
+    """A header, and the encoded tensors that it describes.
+
+    ``about`` says whose KV it is, for an index that has to be made anew; see `known.About`. No
+    request depends on it.
+    """
 
     header: Header
     tensors: Tensors
+    about: str = ""
 
     @classmethod
-    def of(cls, kv: ChunkKV, header: Header) -> Payload:
+    def of(cls, kv: ChunkKV, header: Header, about: str = "") -> Payload:
         """Encode a chunk."""
-        return cls(header, get_codec(header.codec).encode(kv))
+        return cls(header, get_codec(header.codec).encode(kv), about)
 
     @property
     def nbytes(self) -> int:
@@ -123,13 +128,16 @@ class Payload:
     def to_bytes(self, secret: bytes | None = None) -> bytes:
         """A safetensors document."""
         metadata = {"a3": self.header.to_json(), "sha256": self.digest().hex()}
+        if self.about:
+            metadata["about"] = self.about
         if secret is not None:
             metadata["hmac"] = hmac.digest(secret, self.digest(), "sha256").hex()
         return save({name: t.contiguous() for name, t in self.tensors.items()}, metadata)
 
     def digest(self) -> bytes:
-        """sha256 over the header and every byte of the tensors."""
+        """sha256 over the header, what it is about, and every byte of the tensors."""
         hasher = hashlib.sha256(self.header.to_json().encode())
+        hasher.update(self.about.encode("utf-8", "surrogatepass"))
         for name in sorted(self.tensors):
             hasher.update(
                 self.tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -144,6 +152,7 @@ class Payload:
             Payload(
                 self.header.part(start, min(start + each, n_layers)),
                 {name: tensor[start : start + each] for name, tensor in self.tensors.items()},
+                self.about,
             )
             for start in range(0, n_layers, each)
         ]
@@ -178,7 +187,7 @@ def open_file(path: Path, expected: Header, secret: bytes | None, *, hashed: boo
     _check_layout(tensors, expected)
     if secret is not None:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    payload = Payload(expected, tensors)
+    payload = Payload(expected, tensors, str(metadata.get("about", "")))
     if secret is not None or not hashed:
         _check_seal(payload, metadata, secret)
     return payload
@@ -196,7 +205,7 @@ def open_bytes(content: bytes, expected: Header, secret: bytes | None) -> Payloa
     except KeyError as error:
         raise DamagedPayload(f"it has a tensor of unknown dtype {error}") from error
     _check_layout(tensors, expected)
-    payload = Payload(expected, tensors)
+    payload = Payload(expected, tensors, str(metadata.get("about", "")))
     _check_seal(payload, metadata, secret)
     return payload
 
@@ -212,30 +221,42 @@ def join(header: Header, parts: list[bytes], secret: bytes | None) -> Payload:
     if start != header.shape[0]:
         raise DamagedPayload(f"it has {start} of {header.shape[0]} layers")
     if len(opened) == 1:
-        return Payload(header, opened[0].tensors)
+        return replace(opened[0], header=header)
     names = opened[0].tensors
-    return Payload(header, {n: torch.cat([part.tensors[n] for part in opened]) for n in names})
+    whole = {n: torch.cat([part.tensors[n] for part in opened]) for n in names}
+    return Payload(header, whole, opened[0].about)
 
 
 def read_header(path: Path) -> Header:
     """What a file says of itself, unchecked. Raises as `open_file` does."""
+    return claim(read_start(path))
+
+
+def read_start(path: Path) -> bytes:
+    """A file's first bytes, in which it says what it is. Raises as `open_file` does."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise DamagedPayload("it is not a plain file")
         with path.open("rb") as file:
             start = file.read(8)
-            return claim(start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER)))
+            return start + file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
     except OSError as error:
         raise DamagedPayload(str(error)) from error
 
 
 def claim(content: bytes) -> Header:
     """What a document says of itself, unchecked. Raises as `open_file` does."""
+    return claims(content)[0]
+
+
+def claims(content: bytes) -> tuple[Header, str]:
+    """What a document says of itself and of whose KV it is, unchecked; raises as `open_file`."""
     length = int.from_bytes(content[:8], "little")
     if length > MAX_HEADER:
         raise DamagedPayload("its header is too long")
     try:
-        return Header.from_json(json.loads(content[8 : 8 + length])["__metadata__"]["a3"])
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        return Header.from_json(metadata["a3"]), str(metadata.get("about", ""))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedPayload(f"its header cannot be read ({error})") from error
 

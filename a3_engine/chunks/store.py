@@ -9,7 +9,6 @@ from typing import Protocol
 
 from a3_engine.chunks.payload import Header, Payload
 
-DEFAULT_SIZE_LIMIT = 20 * 2**30
 SECRET_VARIABLE = "A3_STORE_SECRET"
 
 
@@ -45,10 +44,13 @@ class ChunkStore(Protocol):
         """Count stored chunks as used last, where reading them has not done so."""
 
     def retag(self, tags: Mapping[str, str]) -> None:
-        """Give stored chunks, by key, other tags; one of several documents has the last one's."""
+        """Give chunks, by key, these tags beside those that they have."""
 
-    def evict(self, tag: str) -> set[str]:
-        """Remove all chunks with this tag; returns their keys."""
+    def evict(self, tag: str, also: Iterable[str] = ()) -> set[str]:
+        """Take this tag from all chunks; those without another one go, and their keys are returned.
+
+        So do chunks that ``also`` names, where they have no tag.
+        """
 
     def discard(self, keys: Iterable[str]) -> None:
         """Remove these chunks where they are stored."""

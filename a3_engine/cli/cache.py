@@ -13,11 +13,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from a3_engine.chunks.archive import export_chunks, import_chunks
-from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.chunks.doctor import examine
 from a3_engine.chunks.payload import DamagedPayload, read_header
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions
+from a3_engine.chunks.store import StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.engine import A3Engine
 from a3_engine.errors import UnsupportedModelError
@@ -58,7 +57,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--tag", help="only chunks with this tag")
     take = action("import", run_import, "take over an archive's chunks, each after its checks")
     take.add_argument("archive", type=Path)
-    take.add_argument("--size-limit", type=_bytes, default=DEFAULT_SIZE_LIMIT, metavar="SIZE")
+    take.add_argument("--size-limit", type=_bytes, metavar="SIZE")
     warm = action("warm", run_warm, "compute and store documents; go on after an interruption")
     warm.add_argument(
         "folder",
@@ -70,7 +69,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
     warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
-    warm.add_argument("--size-limit", type=_bytes, default=DEFAULT_SIZE_LIMIT, metavar="SIZE")
+    warm.add_argument("--size-limit", type=_bytes, metavar="SIZE")
     warm.add_argument("--store", help="URL of a shared store")
     doctor = action("doctor", run_doctor, "examine the folder, the index and the shared store")
     doctor.add_argument("--store", help="URL of a shared store")
@@ -78,7 +77,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def show_stats(options: argparse.Namespace) -> None:
     """Print what the store holds."""
-    store = _open(options)
+    store = _read(options)
     stats = store.stats()
     codecs: Counter[str] = Counter()
     tokens = 0
@@ -107,28 +106,36 @@ def show_stats(options: argparse.Namespace) -> None:
 
 def show_entries(options: argparse.Namespace) -> None:
     """Print one line for every chunk."""
-    store = _open(options)
+    store = _read(options)
     for row, path in store.entries():
-        if options.tag is not None and row.tag != options.tag:
+        if options.tag is not None and options.tag not in row.tags:
             continue
         try:
             header = read_header(path)
             what = {"tokens": header.n_tokens, "codec": header.codec, "engine": header.engine[:12]}
         except DamagedPayload as error:
             what = {"damaged": str(error)}
-        line = {"key": row.key, "nbytes": row.nbytes, "used": row.used, "tag": row.tag, **what}
+        line = {
+            "key": row.key,
+            "nbytes": row.nbytes,
+            "used": row.used,
+            "tags": row.tags,
+            **what,
+        }
         if options.json:
             print(json.dumps(line))
         else:
             used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.used))
             rest = "  ".join(f"{name} {value}" for name, value in what.items())
-            print(f"{row.key[:16]}  {row.nbytes:>12}  {used}  {rest}  {row.tag or ''}")
+            # A tag is somebody's text: nothing in it may reach the terminal but letters.
+            tags = ", ".join(json.dumps(tag)[1:-1] for tag in row.tags)
+            print(f"{row.key[:16]}  {row.nbytes:>12}  {used}  {rest}  {tags}")
     store.close()
 
 
 def run_verify(options: argparse.Namespace) -> int:
     """Print what is damaged; status 1 where something is, and stays."""
-    store = _open(options)
+    store = _open(options) if options.fix else _read(options)
     problems = store.verify(fix=options.fix)
     store.close()
     for problem in problems:
@@ -142,9 +149,6 @@ def run_evict(options: argparse.Namespace) -> None:
     """Remove chunks and say how many."""
     store = _open(options)
     if options.tag is not None:
-        catalogue = _catalogue(options)
-        catalogue.forget(options.tag)
-        catalogue.close()
         gone = store.evict(options.tag)
     elif options.older_than is not None:
         gone = store.evict_unused(time.time() - options.older_than)
@@ -156,33 +160,29 @@ def run_evict(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write an archive."""
-    store, catalogue = _open(options), _catalogue(options)
+    store = _read(options)
     with tqdm(total=store.stats().entries, desc="Exporting", unit="chunk") as bar:
         count = export_chunks(
-            store, catalogue, options.archive, options.tag, StoreOptions().secret, bar.update
+            store, options.archive, options.tag, StoreOptions().secret, bar.update
         )
     store.close()
-    catalogue.close()
     print(f"{count} chunks written to {options.archive}.")
 
 
 def run_import(options: argparse.Namespace) -> int:
     """Read an archive; status 1 where something in it was refused."""
-    store, catalogue = _store(options, options.size_limit), _catalogue(options)
+    store = _store(options, options.size_limit)
     with tqdm(desc="Importing", unit="chunk") as bar:
-        count, refused = import_chunks(
-            store, catalogue, options.archive, StoreOptions().secret, bar.update
-        )
+        count, refused = import_chunks(store, options.archive, StoreOptions().secret, bar.update)
     store.close()
-    catalogue.close()
     for reason in refused:
         print(f"refused {reason}")
     print(f"{count} chunks taken over, {len(refused)} refused.")
     return 1 if refused else 0
 
 
-def run_warm(options: argparse.Namespace) -> None:
-    """Compute what is not stored yet."""
+def run_warm(options: argparse.Namespace) -> int:
+    """Compute what is not stored yet; status 1 where the store cannot hold it."""
     if not options.folder.is_dir():
         raise ValueError(f"There is no folder {options.folder}.")
     chunks = list(_documents(options.folder))
@@ -203,7 +203,9 @@ def run_warm(options: argparse.Namespace) -> None:
         )
     done = engine.precompute(chunks)
     engine.close()
-    print(f"{done.computed} chunks computed, {done.present} were stored before.")
+    dropped = f" {done.dropped} are not stored any more." if done.dropped else ""
+    print(f"{done.computed} chunks computed, {done.present} were stored before.{dropped}")
+    return 1 if done.dropped else 0
 
 
 def run_doctor(options: argparse.Namespace) -> int:
@@ -220,17 +222,26 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _open(options: argparse.Namespace) -> DiskStore:
     """The store, which has to be there."""
+    _folder_of_chunks(options)
+    return _store(options)
+
+
+def _folder_of_chunks(options: argparse.Namespace) -> None:
     if not (_folder(options) / "chunks").is_dir():
         raise ValueError(f"There is no chunk store in {_folder(options)}; see --cache-dir.")
-    return _store(options, DEFAULT_SIZE_LIMIT)
 
 
-def _store(options: argparse.Namespace, size_limit: int) -> DiskStore:
-    return DiskStore(_folder(options) / "chunks", size_limit, secret=StoreOptions().secret)
+def _read(options: argparse.Namespace) -> DiskStore:
+    """The store, which has to be there and stays as it is."""
+    _folder_of_chunks(options)
+    return _store(options, readonly=True)
 
 
-def _catalogue(options: argparse.Namespace) -> Catalogue:
-    return Catalogue(_folder(options) / "texts.sqlite3", "")
+def _store(
+    options: argparse.Namespace, size_limit: int | None = None, *, readonly: bool = False
+) -> DiskStore:
+    folder, secret = _folder(options) / "chunks", StoreOptions().secret
+    return DiskStore(folder, size_limit, secret=secret, readonly=readonly)
 
 
 def _documents(folder: Path) -> Iterator[Chunk]:

@@ -82,9 +82,12 @@ def decode(
         # transformers fills what a request leaves open from the model's own settings, also where
         # the request leaves it off.
         model.generation_config = GenerationConfig()
+        devices = [inputs.device] if inputs.is_cuda else []
         try:
-            output: torch.Tensor = model.generate(inputs, **options)
-            return output
+            with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
+                if sampling.seed is not None:
+                    torch.manual_seed(sampling.seed)
+                return model.generate(inputs, **options)
         finally:
             model.generation_config = shared.settings
 

@@ -56,6 +56,9 @@ class Reply:
         self._model = model
         self.ids = send(torch.tensor([list(ids)]), input_device(model))
         self._sampling, self._processors = sampling, processors
+        self._generator = torch.Generator(device)
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
         self._ends, self._emitter, self._abandoned = ends, emitter, abandoned
 
     @property
@@ -66,7 +69,7 @@ class Reply:
         """Choose the token behind these logits, ``(1, vocabulary)``, and hand it on."""
         scores = self._processors(self.ids, logits.float())
         if self._sampling.temperature > 0:
-            chosen = draw(torch.softmax(scores, dim=-1))
+            chosen = draw(torch.softmax(scores, dim=-1), self._generator)
         else:
             chosen = scores.argmax(dim=-1, keepdim=True)
         self.ids = torch.cat([self.ids, chosen], dim=1)

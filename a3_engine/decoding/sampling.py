@@ -34,6 +34,9 @@ class Sampling:
         The answer ends before the first of these.
     grammar : str or None
         What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
+    seed : int or None
+        Of the random numbers: the same request with the same seed has the same answer. Where None,
+        torch's own seed decides, and a request that comes again has other numbers.
     logprobs : int or None
         How many of the likeliest tokens are reported in each place, beside the answer's own; see
         :class:`~a3_engine.decoding.logprobs.RecordLogprobs`. None reports nothing.
@@ -47,6 +50,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     grammar: str | None = None
     logprobs: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -77,8 +81,10 @@ class Sampling:
         return steps
 
 
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
+def draw(probabilities: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One index of each row, ``(rows, 1)``, by these probabilities, ``(rows, vocabulary)``.
+
+    The random numbers are the generator's, which is of their device; torch's own where None.
 
     On a CPU by inversion: `torch.multinomial` takes a random number for every token of the
     vocabulary, there the longest part of choosing one.
@@ -89,10 +95,10 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
         They are no probabilities, since the model's logits were not finite.
     """
     if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1)
+        return torch.multinomial(probabilities, 1, generator=generator)
     totals = probabilities.double().cumsum(dim=-1)
     if not totals[:, -1].isfinite().all():
         raise RuntimeError("No token can be drawn: the model's logits are not finite.")
     # Above 0, so that nothing impossible is drawn, and up to the total.
-    chance = 1 - torch.rand(len(totals), 1, dtype=totals.dtype)
+    chance = 1 - torch.rand(len(totals), 1, dtype=totals.dtype, generator=generator)
     return torch.searchsorted(totals, chance * totals[:, -1:])

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,8 @@ FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
     *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 )
-TIMEOUT_S = 120
+TIMEOUT_S = 60
+ANSWER_S = 5  # to say its version; one that waits for a licence or a network is left alone
 
 
 @functools.cache
@@ -49,8 +51,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, _flags(dtype))))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = _compiled(compiler, _flags(dtype))
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # sound, but not for this system any more
+            path.unlink()
+            return ctypes.CDLL(str(_compiled(compiler, _flags(dtype))))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("The native loops cannot be used, so attention is left to torch: %s", detail)
         return None
@@ -72,9 +79,7 @@ def _flags(dtype: torch.dtype) -> tuple[str, ...]:
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
     here = Path(__file__).parent
-    version = subprocess.run(
-        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=TIMEOUT_S
-    ).stdout
+    version = _run([compiler, "--version"], ANSWER_S)
     hasher = hashlib.sha256(f"{version} {flags}".encode())
     for name in SOURCES + HEADERS:
         hasher.update((here / name).read_bytes())
@@ -82,23 +87,52 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
     path = folder / f"{hasher.hexdigest()[:24]}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_others(folder)
+    digest = path.with_suffix(".sha256")
     if path.exists():
         _refuse_others(path)
-        return path
+        # One that a power cut has shortened would end the process, not raise an error.
+        if digest.exists() and digest.read_text("ascii", "replace") == _sha256(path):
+            return path
     logger.info("Compiling the native loops into %s, once.", folder)
     # Whoever comes first wins; others replace it by the same.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / path.name
-        subprocess.run(
-            [compiler, *flags, "-o", str(made), *(str(here / name) for name in SOURCES)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
+        made, said = Path(scratch) / path.name, Path(scratch) / digest.name
+        _run(
+            [compiler, *flags, "-o", str(made), *(str(here / name) for name in SOURCES)], TIMEOUT_S
         )
         made.chmod(0o700)
-        made.replace(path)
+        said.write_text(_sha256(made))
+        for file, place in ((made, path), (said, digest)):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+            file.replace(place)
     return path
+
+
+def _run(command: list[str], timeout: float) -> str:
+    """What a command prints; one that takes longer ends with all that it has started."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+    try:
+        printed, complaint = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, printed, complaint)
+    return printed
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _refuse_others(path: Path) -> None:

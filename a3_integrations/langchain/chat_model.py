@@ -72,6 +72,9 @@ class ChatA3(A3Settings, BaseChatModel):
     def _llm_type(self) -> str:
         return "a3-chat"
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        return self._identity(stop, kwargs)
+
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
             ls_provider="a3",

@@ -17,7 +17,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables.config import ContextThreadPoolExecutor, run_in_executor
 
 from a3_engine import FusionReport
-from a3_integrations.langchain.settings import A3Settings, about, usage
+from a3_integrations.langchain.settings import ALIASES, PER_CALL, A3Settings, about, usage
 
 AT_ONCE = 8  # prompts of one batch; each holds a cache
 
@@ -38,6 +38,34 @@ class A3LLM(A3Settings, BaseLLM):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         return params | LangSmithParams(ls_provider="a3", ls_model_name=self.model)
+
+    def asdict(self) -> dict[str, Any]:
+        """The settings, and a name for all that can change an answer: the key of caches."""
+        return {**super().asdict(), "identity": self._identity(None, {})}
+
+    def generate(
+        self, prompts: list[str], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        settings, others = self._split(stop, kwargs)
+        return super(A3LLM, self._with(settings)).generate(prompts, None, *args, **others)
+
+    async def agenerate(
+        self, prompts: list[str], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        settings, others = self._split(stop, kwargs)
+        return await super(A3LLM, self._with(settings)).agenerate(prompts, None, *args, **others)
+
+    def _split(
+        self, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A call's own settings, and the rest."""
+        given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+        others = {name: given.pop(name) for name in set(given) - set(PER_CALL)}
+        return given if stop is None else given | {"stop": stop}, others
+
+    def _with(self, settings: dict[str, Any]) -> A3LLM:
+        """The same model with a call's own settings, which LangChain's cache does not go by."""
+        return self.model_copy(update=settings) if settings else self
 
     def _stream(
         self,

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.fusion.selectors import make_selector
@@ -44,6 +43,7 @@ PER_CALL = (
     "stop",
     "logprobs",
     "top_logprobs",
+    "seed",
 )
 ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
 # Settings of hosted models that chains and tests pass to any model; they say nothing here.
@@ -77,7 +77,9 @@ class A3Settings(BaseModel):
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
-    size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    size_limit: int | None = Field(
+        default=None, gt=0, description="Bytes of the store; half of the free disk where None."
+    )
     codec: str = Field(
         default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
     )
@@ -97,6 +99,7 @@ class A3Settings(BaseModel):
     top_logprobs: int = Field(
         default=0, ge=0, description="With logprobs: the likeliest tokens in each place, too."
     )
+    seed: int | None = Field(default=None, description="Of sampling; torch's own where None.")
     engine: A3Engine = Field(
         default=None,  # type: ignore[assignment]
         exclude=True,
@@ -211,6 +214,17 @@ class A3Settings(BaseModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*OF_ENGINE, *PER_CALL)}
+
+    def _identity(self, stop: list[str] | None, kwargs: dict[str, Any]) -> str:
+        """All that can change an answer beside the prompt: the key of LangChain's caches."""
+        of_request = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+        options = {name: of_request.pop(name) for name in PER_CALL if name in of_request}
+        return self.engine.identity(**self._options(stop, options), others=of_request)
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> Any:
+        # What a cache asks of the engine would load the model on the event loop.
+        await run_in_executor(None, lambda: self.engine.runtime)
+        return await super().agenerate(*args, **kwargs)  # type: ignore[misc]
 
     def _options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Settings of one request, in the engine's words."""

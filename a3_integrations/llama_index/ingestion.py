@@ -45,6 +45,10 @@ class A3PrecomputeTransform(TransformComponent):
     def class_name(cls) -> str:
         return "A3PrecomputeTransform"
 
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """What a pipeline's cache goes by: it skips the step while all that it stored is there."""
+        return {**super().to_dict(**kwargs), "store": self._engine.runtime.store.local.state()}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._engine, self.show_progress)
 

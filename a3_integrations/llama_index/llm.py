@@ -31,7 +31,6 @@ from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport, Message
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
 from a3_engine.fusion.selectors import make_selector
@@ -62,6 +61,7 @@ PER_CALL = (
     "stop",
     "logprobs",
     "top_logprobs",
+    "seed",
 )
 
 
@@ -101,7 +101,9 @@ class A3LLM(LLM):
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
-    size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
+    size_limit: int | None = Field(
+        default=None, gt=0, description="Bytes of the store; half of the free disk where None."
+    )
     codec: str = Field(
         default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
     )
@@ -115,6 +117,7 @@ class A3LLM(LLM):
     top_logprobs: int = Field(
         default=0, ge=0, description="With logprobs: the likeliest tokens in each place instead."
     )
+    seed: int | None = Field(default=None, description="Of sampling; torch's own where None.")
 
     _engine: A3Engine = PrivateAttr()
     _last_report: FusionReport | None = PrivateAttr(default=None)
@@ -144,6 +147,17 @@ class A3LLM(LLM):
         self._engine = engine or A3Engine.from_pretrained(
             self.model, **{name: getattr(self, name) for name in OF_ENGINE}
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels with its engine, which refuses where it cannot be made anew."""
+        settings = {name: getattr(self, name) for name in type(self).model_fields}
+        for of_process in ("callback_manager", "rate_limiter"):
+            del settings[of_process]
+        return _from_settings, (type(self), self._engine, settings)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> A3LLM:
+        """A copy that shares the engine."""
+        return super().__deepcopy__((memo or {}) | {id(self._engine): self._engine})
 
     @classmethod
     def class_name(cls) -> str:
@@ -283,3 +297,11 @@ class A3LLM(LLM):
         finally:
             stream.close()
         yield text, "", self._finish(stream.report)
+
+
+def _from_settings(kind: type[A3LLM], engine: A3Engine, settings: dict[str, Any]) -> A3LLM:
+    of_engine = {name: settings.pop(name) for name in ("model", *OF_ENGINE)}
+    llm = kind(engine=engine, **settings)
+    for name, value in of_engine.items():
+        setattr(llm, name, value)
+    return llm

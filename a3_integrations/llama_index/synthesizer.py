@@ -8,6 +8,7 @@ streaming, async, structured output and refining over groups, is LlamaIndex's ow
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class A3Synthesizer(CompactAndRefine):
     async def asynthesize(
         self, query: QueryType, nodes: list[NodeWithScore], *args: Any, **kwargs: Any
     ) -> RESPONSE_TYPE:
-        self._remember(nodes)
+        await asyncio.to_thread(self._remember, nodes)
         finished.set(None)
         return _with_report(await super().asynthesize(query, nodes, *args, **kwargs))
 

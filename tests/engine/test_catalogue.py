@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from a3_engine.chunks.catalogue import ANCHOR, Catalogue
+from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.prompt import Chunk, Message, PromptPlanner
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
 
@@ -21,14 +23,21 @@ def known(tmp_path: Path):
     opened = []
 
     def open_catalogue(*texts: str, engine: str = "engine", tag: str | None = None) -> Catalogue:
-        catalogue = Catalogue(tmp_path / "texts.sqlite3", engine)
-        catalogue.add((text, tag) for text in texts)
-        opened.append(catalogue)
+        store = DiskStore(tmp_path / "chunks")
+        opened.append(store)
+        catalogue = Catalogue(store, engine)
+        add(catalogue, *texts, tag=tag)
         return catalogue
 
     yield open_catalogue
-    for catalogue in opened:
-        catalogue.close()
+    for store in opened:
+        store.close()
+
+
+def add(catalogue: Catalogue, *texts: str, tag: str | None = None) -> None:
+    """Each as the text of a chunk of its own, and written."""
+    catalogue.add((text, sha256(text.encode()).hexdigest(), tag) for text in texts)
+    catalogue.write()
 
 
 def found(catalogue: Catalogue, text: str) -> list[str]:
@@ -98,20 +107,21 @@ def test_objects_on_one_file_see_each_other(known):
     """What another process adds is found, and what it forgets is not found any more."""
     ours, theirs = known(), known()
     assert found(ours, LAMP) == []
-    theirs.add([(LAMP, "doc"), (SHORE, None)])
+    add(theirs, LAMP, tag="doc")
+    add(theirs, SHORE)
     assert found(ours, LAMP + SHORE) == found(theirs, LAMP + SHORE) == [LAMP, SHORE]
-    theirs.forget("doc")
+    theirs._store.evict("doc")
     assert found(theirs, LAMP + SHORE) == [SHORE]
     assert found(ours, LAMP + SHORE) == [SHORE]
 
 
 def test_a_forgotten_text_can_be_added_again(known):
     catalogue = known(LAMP, tag="doc")
-    catalogue.forget("other")
+    catalogue._store.evict("other")
     assert found(catalogue, LAMP) == [LAMP]
-    catalogue.forget("doc")
+    catalogue._store.evict("doc")
     assert found(catalogue, LAMP) == found(known(), LAMP) == []
-    catalogue.add([(LAMP, None)])
+    add(catalogue, LAMP)
     assert found(catalogue, LAMP) == [LAMP]
 
 
@@ -170,13 +180,59 @@ def test_asking_for_news_takes_no_longer_with_more_known_texts(known):
     def steps() -> int:
         catalogue.find(SHORE)
         counted: list[None] = []
-        catalogue._db.set_progress_handler(lambda: counted.append(None), 1)
+        db = catalogue._store._database.connection
+        db.set_progress_handler(lambda: counted.append(None), 1)
         assert found(catalogue, LAMP) == [LAMP]
-        catalogue._db.set_progress_handler(None, 1)
+        db.set_progress_handler(None, 1)
         return len(counted)
 
     few = steps()
     for writer in (catalogue, other):
-        writer.add((f"{number} {SHORE}", None) for number in range(300))
+        add(writer, *(f"{number} {SHORE}" for number in range(300)))
     assert steps() <= 2 * few
     assert found(catalogue, f"299 {SHORE}") == [f"299 {SHORE}"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        f"{SHORE}\n\n{LAMP}\n\nQuestion: {{}}",
+        f"Context:\n{SHORE}\n---\nAnswer the query.\nQuery: {{}}\nAnswer: ",
+        f"1. {SHORE}\n2. {LAMP}\n{LAMP} stands there. Now tell me: {{}}",
+        f"user: Question: {{0}}\n\n{SHORE}\n\nQuestion: {{0}}",
+        "{}",
+    ],
+)
+def test_a_question_that_is_stored_too_is_computed(known, turn):
+    """An index of questions and answers holds the very words that are asked."""
+    question = "Which ships may land at the northern shore in the winter?"
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(LAMP, SHORE, question).find)
+    for prompt in (
+        plans.plan([Message("user", turn.format(question))]),
+        plans.plan([Message("system", SHORE), Message("user", turn.format(question))]),
+        plans.plan_raw(turn.format(question)),
+    ):
+        ids = plans.tokenize_text(question)
+        *_, last = (
+            at for at in range(prompt.n_tokens) if tuple(prompt.ids[at:])[: len(ids)] == ids
+        )
+        layout = prompt.layout(plans.prefix_ids)
+        asked = set(layout.question.tolist())
+        assert asked >= set(range(last, last + len(ids)))
+        chunks = [segment.text for segment in prompt.segments if segment.kind == "chunk"]
+        assert chunks.count(SHORE) >= turn.count(SHORE)
+
+
+def test_words_behind_given_chunks_ask(known):
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(LAMP, SHORE).find)
+    prompt = plans.plan([Message("user", [Chunk(SHORE), "\n\n", LAMP])])
+    assert [s.text for s in prompt.segments if s.kind == "chunk"] == [SHORE]
+
+
+@pytest.mark.parametrize("between", ["\n\n", "\n---\n", "\n[{}] ", "\nDocument {}: ", " "])
+def test_the_last_of_several_documents_is_found(known, between):
+    texts = [f"{LAMP} {name}" for name in ("One", "Two", "Three")]
+    plans = PromptPlanner(tiny_tokenizer(CHATML), find=known(*texts).find)
+    text = "".join(between.format(n) + text for n, text in enumerate(texts)) + f"\n\n{ASK}"
+    prompt = plans.plan([Message("user", text)])
+    assert [s.text for s in prompt.segments if s.kind == "chunk"] == texts

@@ -1,6 +1,9 @@
 """The native loops against the same in fp64, and their absence."""
 
 import logging
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +185,75 @@ def test_without_a_working_compiler_torch_computes(compiler, tmp_path, monkeypat
     with caplog.at_level(logging.INFO):
         assert build.library.__wrapped__(torch.float32) is None
     assert "torch" in caplog.text
+
+
+@pytest.fixture
+def compiler(dtype, tmp_path, monkeypatch):
+    """Makes a `g++` that does what a line of shell says, then gives the loops that are there."""
+    loops = native.library(dtype)._name
+    log = tmp_path / "compiled"
+    monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def make(first: str = "") -> Path:
+        (tmp_path / "g++").write_text(
+            f'#!/bin/sh\n{first}\n[ "$1" = --version ] && echo 13 && exit\n'
+            f'while [ "$1" != -o ]; do shift; done\ncp {loops} "$2"; echo >> {log}\n'
+        )
+        (tmp_path / "g++").chmod(0o755)
+        return log
+
+    return make
+
+
+@pytest.mark.parametrize("left", [0.0, 0.4, 0.99])
+def test_a_library_that_was_cut_is_built_again(dtype, compiler, tmp_path, left):
+    """By a power cut or a full disk: loading it would end the process."""
+    log = compiler()
+    assert build.library.__wrapped__(dtype) is not None
+    (path,) = (tmp_path / "a3" / "native").glob("*.so")
+    os.truncate(path, int(left * path.stat().st_size))
+    assert build.library.__wrapped__(dtype) is not None
+    assert build.library.__wrapped__(dtype) is not None
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_compiler_may_speak_in_any_encoding(dtype, compiler):
+    compiler("printf '13 \\351\\n'; printf 'Anmerkung \\344\\n' >&2")
+    assert build.library.__wrapped__(dtype) is not None
+    compiler("printf 'Fehler \\344\\n' >&2; exit 1")
+    assert build.library.__wrapped__(dtype) is None
+
+
+@pytest.mark.parametrize("when", ["--version", "-std=c++17"])
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
+    dtype, compiler, tmp_path, monkeypatch, when
+):
+    monkeypatch.setattr(build, "ANSWER_S", 1)
+    monkeypatch.setattr(build, "TIMEOUT_S", 1)
+    started = tmp_path / "started"
+    compiler(f'[ "$1" = {when} ] && {{ sleep 600 & echo $! > {started}; wait; }}')
+    before = time.monotonic()
+    assert build.library.__wrapped__(dtype) is None
+    assert time.monotonic() - before < 10
+    state = Path(f"/proc/{started.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_without_a_home_torch_computes(dtype, monkeypatch, caplog):
+    """As a container's user without an entry in the list of users."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become a user that nobody knows")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(54321)
+            os._exit(0 if build.library.__wrapped__(dtype) is None else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_only_a_library_that_nobody_else_can_write_is_loaded(dtype, tmp_path, monkeypatch):

@@ -26,10 +26,10 @@ def cache(tmp_path: Path) -> Path:
     store = DiskStore(tmp_path / "cache" / "chunks")
     for seed, tag in ((1, "a"), (2, "a"), (3, None)):
         store.put(payload(seed), tag)
+    catalogue = Catalogue(store, "engine")
+    catalogue.add([(TEXT, header(1).key, "a")])
+    catalogue.write()
     store.close()
-    catalogue = Catalogue(tmp_path / "cache" / "texts.sqlite3", "engine")
-    catalogue.add([(TEXT, "a")])
-    catalogue.close()
     return tmp_path / "cache"
 
 
@@ -76,9 +76,7 @@ def test_verify_reports_and_with_fix_removes(cache, capsys):
 def test_evict_by_tag_age_and_size(cache, capsys):
     assert run("evict", "--tag", "a", "--cache-dir", cache) == 0
     assert "2 chunks" in capsys.readouterr().out
-    catalogue = Catalogue(cache / "texts.sqlite3", "engine")
-    assert catalogue.find(TEXT) == []
-    catalogue.close()
+    assert Catalogue(opened(cache), "engine").find(TEXT) == []
     assert run("evict", "--older-than", "1h", "--cache-dir", cache) == 0
     assert opened(cache).stats().entries == 1
     assert run("evict", "--to-size", "1K", "--cache-dir", cache) == 0
@@ -107,11 +105,11 @@ def test_an_archive_carries_chunks_tags_and_texts(cache, tmp_path, capsys):
     assert "3 chunks taken over, 0 refused" in capsys.readouterr().out
     store = opened(other)
     assert all(holds(store, seed) for seed in (1, 2, 3))
-    assert store.evict("a") == {header(1).key, header(2).key}
-    store.close()
-    catalogue = Catalogue(other / "texts.sqlite3", "engine")
+    catalogue = Catalogue(store, "engine")
     assert len(catalogue.find(TEXT)) == 1
-    catalogue.close()
+    assert store.evict("a") == {header(1).key, header(2).key}
+    assert catalogue.find(TEXT) == []
+    store.close()
 
 
 def test_an_archive_of_one_tag_has_only_that(cache, tmp_path, capsys):
@@ -148,18 +146,19 @@ def test_a_hostile_archive_gives_nothing_and_writes_nothing_outside(tmp_path):
         (link, b""),
         (device, b""),
     ]
-    rows = [None, 5, [], ["e"] * 5, ["e", "s", "x" * 32, 40, {}], ["e", "s", "x", 40, None]]
-    archive = build(tmp_path / "evil.tar", members, {"tags": {}, "texts": rows})
+    text = ["a" * 64, 40, "x" * 32, "y" * 32]
+    odd = [text[:3], [*text, 1], ["a", *text[1:]], [*text[:3], None], [text[0], 2**70, *text[2:]]]
+    rows = [None, 5, [], ["e"] * 3, ["e", "k", text], *(["e", "0" * 64, row] for row in odd)]
+    archive = build(tmp_path / "evil.tar", members, {"tags": {"x": "t"}, "texts": rows})
     before = sorted(tmp_path.parent.rglob("*"))
-    store, catalogue = opened(tmp_path / "c"), Catalogue(tmp_path / "texts.sqlite3", "e")
-    count, refused = import_chunks(store, catalogue, archive)
+    store = opened(tmp_path / "c")
+    count, refused = import_chunks(store, archive)
     assert (count, len(refused)) == (0, len(members))
     assert store.stats().entries == 0
-    assert catalogue.rows() == []
+    assert store.text_rows() == []
     new = set(tmp_path.parent.rglob("*")) - set(before)
-    assert all(path.is_relative_to(tmp_path / "c") or "texts" in path.name for path in new)
+    assert all(path.is_relative_to(tmp_path / "c") for path in new)
     store.close()
-    catalogue.close()
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\0" * 1024])
@@ -196,7 +195,11 @@ def test_warm_computes_a_folder_once(tmp_path, capsys):
     assert run(*arguments) == 0
     assert "3 chunks computed, 2 were stored" in capsys.readouterr().out
     store = opened(tmp_path / "cache")
-    assert {row.tag for row, _ in store.entries()} >= {"one.txt", "deep/two.md", "log.jsonl"}
+    assert {tag for row, _ in store.entries() for tag in row.tags} >= {
+        "one.txt",
+        "deep/two.md",
+        "log.jsonl",
+    }
     store.close()
     assert run("warm", tmp_path / "nowhere") == 1
     assert "nowhere" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_codecs_have_keys_of_their_own_and_the_prefix_is_exact(tmp_path):
     assert len({engine.fingerprint for engine in engines.values()}) == len(CODECS)
     for engine in engines.values():
         done = engine.precompute([DOCUMENT], progress=False)
-        assert dataclasses.astuple(done) == (1, 0)
+        assert dataclasses.astuple(done) == (1, 0, 0)
     stored = engines["int4"].runtime.store.entries()
     from a3_engine.chunks.payload import read_header
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from a3_engine import A3Engine, StoreError
+from a3_engine import A3Engine, Chunk, StoreError
 from a3_engine.chunks.codecs import CODECS
 from a3_engine.chunks.payload import DamagedPayload, Payload, open_bytes, open_file
+from a3_engine.chunks.tiers import filesystem
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.filesystem import file_system, refuse_network_share
 from tests.store.stored import chunk, header, holds, payload, payloads
@@ -43,7 +45,7 @@ def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
 
 def test_a_full_disk_refuses_puts_and_keeps_what_it_has(tmp_path):
     with small_disk(tmp_path / "small", 2**20) as disk:
-        store, kept = DiskStore(disk / "chunks"), []
+        store, kept = DiskStore(disk / "chunks", 2**30), []
         for seed in range(60):  # no half file stays, and no transaction
             with contextlib.suppress(StoreError):
                 store.put(payload(seed, 200))
@@ -102,16 +104,50 @@ def test_an_engine_answers_on_a_full_disk(tmp_path, caplog):
         engine.close()
 
 
-def test_a_read_only_folder_is_refused_and_left_alone(tmp_path):
+def test_a_read_only_folder_serves_what_it_has(tmp_path, caplog):
     with small_disk(tmp_path / "small", 2**21) as disk:
-        store = DiskStore(disk / "chunks")
+        engine = A3Engine.from_pretrained(tiny_model("llama"), tiny_tokenizer(), cache_dir=disk)
+        engine.precompute([DOCUMENT], progress=False)
+        answer = engine.generate(f"{DOCUMENT} Who sleeps?", max_new_tokens=3)
+        engine.close()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        try:
+            before = sorted(disk.rglob("*"))
+            again = engine.generate(f"{DOCUMENT} Who sleeps?", max_new_tokens=3)
+            assert (again.text, again.report.hits) == (answer.text, 1)
+            other = engine.generate("Who?", chunks=[DOCUMENT * 2], max_new_tokens=3)
+            assert other.report.misses == 1
+            assert engine.precompute([DOCUMENT], progress=False).present == 1
+            assert caplog.text.count("read only") == 1
+            with pytest.raises(StoreError):
+                engine.evict("a tag")
+            assert sorted(disk.rglob("*")) == before
+        finally:
+            engine.close()
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert engine.generate(f"{DOCUMENT} Who?", max_new_tokens=3).report.hits == 1
+        engine.close()
+
+
+def test_another_users_store_is_read():
+    """As a container's user reads the folder that was filled while its image was built."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = DiskStore(folder / "chunks")
         store.put(payload(1))
         store.close()
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with pytest.raises(StoreError, match="writable"):
-            DiskStore(disk / "chunks")
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        store = DiskStore(disk / "chunks")
+        subprocess.run(["chmod", "-R", "a+rX", name], check=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setuid(65534)
+                theirs = DiskStore(folder / "chunks")
+                os._exit(0 if holds(theirs, 1) and theirs.put(payload(2)) == 0 else 1)
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
         assert holds(store, 1)
         store.close()
 
@@ -319,17 +355,67 @@ def test_a_newer_or_older_format_is_a_miss_and_stays_whole(store):
     assert holds(store, 1)
 
 
-def test_a_damaged_index_says_what_to_do(tmp_path):
-    store = DiskStore(tmp_path / "chunks")
-    for seed in range(50):
-        store.put(payload(seed))
-    store.close()
-    index = tmp_path / "chunks" / "cache.db"
+def random_start(index: Path) -> None:
     content = bytearray(index.read_bytes())
     content[:4096] = os.urandom(4096)
     index.write_bytes(content)
-    with pytest.raises(StoreError, match="remove a damaged one"):
-        DiskStore(tmp_path / "chunks")
+
+
+def in_its_place_a_folder(index: Path) -> None:
+    index.unlink()
+    index.mkdir()
+
+
+INDEX_DAMAGES = {
+    "random": lambda index: index.write_bytes(os.urandom(20_000)),
+    "random start": random_start,
+    "text": lambda index: index.write_text("not a database " * 100),
+    "cut": lambda index: os.truncate(index, index.stat().st_size // 2),
+    "empty": lambda index: os.truncate(index, 0),
+    "folder": in_its_place_a_folder,
+    "lost": lambda index: index.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGES)
+def test_a_lost_or_damaged_index_is_made_anew_from_the_chunks(tiny_engine, tmp_path, damage):
+    """Chunks, their texts and their tags are found again, and the answer stays the same."""
+    engine = tiny_engine()
+    texts = [f"{number}. {DOCUMENT}" for number in range(30)]
+    engine.precompute([Chunk(text, "doc") for text in texts], progress=False)
+    question = f"{texts[3]} {texts[5]} Who sleeps?"
+    answer = engine.generate(question, max_new_tokens=3)
+    assert answer.report.hits == 2
+    engine.close()
+    INDEX_DAMAGES[damage](tmp_path / "cache" / "chunks" / "cache.db")
+    again = tiny_engine()
+    for _ in range(2):
+        later = again.generate(question, max_new_tokens=3)
+        assert (later.text, later.report.misses) == (answer.text, 0)
+        again.close()
+    assert again.evict("doc") == len(texts)
+    assert again.generate(question, max_new_tokens=3).report.hits == 0
+
+
+def test_an_index_damaged_in_use_is_made_anew(tmp_path):
+    """Sooner or later sqlite meets the broken page; from then on everything goes on."""
+    store = DiskStore(tmp_path / "chunks")
+    for seed in range(40):
+        store.put(payload(seed))
+    store.close()
+    store = DiskStore(tmp_path / "chunks")
+    index = tmp_path / "chunks" / "cache.db"
+    pages = index.stat().st_size // 4096
+    with index.open("r+b") as file:
+        for page in range(1, pages):
+            file.seek(page * 4096)
+            file.write(os.urandom(4096))
+    found = sum(holds(store, seed) for seed in range(40))
+    assert found >= 39  # the one that met the damage may be a miss
+    store.put(payload(50))
+    assert all(holds(store, seed) for seed in [*range(40), 50])
+    assert store.verify() == []
+    store.close()
 
 
 def test_pages_of_the_index_may_be_damaged(tmp_path):
@@ -362,9 +448,40 @@ def test_network_shares_are_refused_with_advice(tmp_path):
     assert file_system(Path("/data/my share/local/a"), mounts) == "tmpfs"
     assert file_system(Path("/data"), mounts) == "ext4"
     assert file_system(Path("/data"), tmp_path / "none") is None
+    with mounts.open("ab") as file:  # whatever the encoding
+        file.write(b"25 22 0:23 / /data/M\xfcnchen rw - nfs4 host:/y rw\n")
+        file.write("26 22 0:24 / /data/Zürich rw - nfs4 host:/z rw\n27 short - \n".encode())
+    assert file_system(Path(os.fsdecode(b"/data/M\xfcnchen/a")), mounts) == "nfs4"
+    assert file_system(Path("/data/Zürich/a"), mounts) == "nfs4"
+    assert file_system(Path("/data"), mounts) == "ext4"
     refuse_network_share(Path("/data"), mounts)
     with pytest.raises(StoreError, match=r"network share.*file://"):
         refuse_network_share(Path("/data/my share/a"), mounts)
+
+
+@pytest.mark.parametrize("kind", ["9p", "virtiofs", "fuse", "fuse.unheard_of"])
+def test_what_may_be_a_networks_file_system_goes_without_shared_memory(
+    tmp_path, monkeypatch, caplog, kind
+):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 254:0 / / rw - {kind} /dev/vda rw\n")
+    monkeypatch.setattr(filesystem.file_system, "__defaults__", (mounts,))
+    monkeypatch.setattr(filesystem.shares_memory, "__defaults__", (mounts,))
+    store = DiskStore(tmp_path / "chunks")
+    assert kind in caplog.text
+    for seed in range(3):
+        store.put(payload(seed))
+    assert all(holds(store, seed) for seed in range(3))
+    assert {path.name for path in store.directory.glob("cache.db*")} == {"cache.db"}
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "fuse.ceph-fuse", "fuse.mountpoint-s3"])
+def test_networks_are_refused(tmp_path, kind):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 254:0 / / rw - {kind} host:/x rw\n")
+    with pytest.raises(StoreError, match="network share"):
+        refuse_network_share(tmp_path, mounts)
 
 
 @pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="no mount table")

@@ -21,7 +21,7 @@ ROOM = 5  # chunks that fit
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """``model`` maps seeds to tags, the least recently used first."""
+    """``model`` has seeds, the least recently used first; ``tags`` are theirs, stored or not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,13 +32,15 @@ class StoreMachine(RuleBasedStateMachine):
         store.close()
         self.limit = empty + ROOM * self.each + self.each // 2
         self.store = DiskStore(self.folder, self.limit)
-        self.model: dict[int, str | None] = {}
+        self.model: dict[int, None] = {}
+        self.tags: dict[int, set[str]] = {seed: set() for seed in range(10)}
 
     @rule(seed=SEEDS, tag=TAGS)
     def put(self, seed: int, tag: str | None) -> None:
         assert self.store.put(payload(seed, TOKENS), tag) == self.each
         self.model.pop(seed, None)
-        self.model[seed] = tag
+        self.model[seed] = None
+        self.tags[seed] |= {tag} - {None}
         while len(self.model) > ROOM:
             del self.model[next(iter(self.model))]
 
@@ -55,15 +57,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(tag=st.sampled_from(["a", "b"]))
     def evict(self, tag: str) -> None:
-        gone = {seed for seed, its in self.model.items() if its == tag}
-        assert self.store.evict(tag) == {header(seed).key for seed in gone}
-        self.model = {seed: its for seed, its in self.model.items() if seed not in gone}
+        gone = {seed for seed, its in self.tags.items() if its == {tag}}
+        stored = {header(seed).key for seed in gone & self.model.keys()}
+        assert self.store.evict(tag) == stored
+        self.model = {seed: None for seed in self.model if seed not in gone}
+        for its in self.tags.values():
+            its.discard(tag)
 
     @rule(seed=SEEDS, tag=st.sampled_from(["a", "b"]))
     def retag(self, seed: int, tag: str) -> None:
         self.store.retag({header(seed).key: tag})
-        if seed in self.model:
-            self.model[seed] = tag
+        self.tags[seed].add(tag)
 
     @rule(seed=SEEDS)
     def discard(self, seed: int) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, ChunkStore, StoreOptions
+from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.memory import MemoryTier
 from a3_engine.chunks.tiers.remote import RemoteTier
 from a3_engine.chunks.tiers.tiered import TieredStore
 
+__all__ = ["DiskStore", "MemoryTier", "RemoteTier", "TieredStore", "open_store"]
+
 
 def open_store(
     directory: Path,
-    size_limit: int = DEFAULT_SIZE_LIMIT,
+    size_limit: int | None = None,
     options: StoreOptions | None = None,
     *,
     pin: bool = False,
-) -> ChunkStore:
+) -> DiskStore | TieredStore:
     """The local folder, with what the options put around it.
 
     Parameters

@@ -3,6 +3,8 @@
 A chunk is written as ``file, sync, row``, and removed as ``row, file``: a process may die anywhere
 in between and leaves at worst a file that no row names. Who changes anything holds a lock for
 it; under that lock every such file is an orphan, and can be removed.
+
+The index is made of what the files say of themselves. One that is lost or damaged is made anew.
 """
 
 from __future__ import annotations
@@ -10,18 +12,37 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sqlite3
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import diskcache
 
-from a3_engine.chunks.payload import DamagedPayload, Header, Payload, open_file, read_header
-from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreStats
-from a3_engine.chunks.tiers.filesystem import TurnLock, refuse_network_share
-from a3_engine.chunks.tiers.index import Index, Row
+from a3_engine.chunks.known import About, Known
+from a3_engine.chunks.payload import (
+    DamagedPayload,
+    Header,
+    Payload,
+    claims,
+    open_file,
+    read_header,
+    read_start,
+)
+from a3_engine.chunks.store import StoreStats
+from a3_engine.chunks.tiers.database import Database, is_damage
+from a3_engine.chunks.tiers.filesystem import (
+    TurnLock,
+    file_system,
+    make_private,
+    refuse_network_share,
+    set_aside,
+    shares_memory,
+)
+from a3_engine.chunks.tiers.index import Entry, Index, Note, Row
 from a3_engine.chunks.tiers.opened import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
@@ -32,6 +53,7 @@ LOCK_TIMEOUT = 20.0
 TURN_TIMEOUT = 60.0  # a crowd of writers on a slow disk takes turns
 HASHED_FILES = 16_384
 CHANGES = 3  # how often an entry may be exchanged by another process while it is being read
+SPARE = 0.5  # of the disk's free space is left to others, where no limit is given
 
 
 class DiskStore:
@@ -41,12 +63,15 @@ class DiskStore:
     ----------
     directory : path
         Created with mode 0700. sqlite needs a local file system; a network share is refused.
-    size_limit : int
-        Bytes; the least recently used chunks go first when it is exceeded.
+    size_limit : int or None
+        Bytes; the least recently used chunks go first when it is exceeded. None is half of what the
+        disk has free, beside what is stored.
     secret : bytes or None
         See `StoreOptions`.
     lock_timeout : float
-        Seconds that a write waits for another process's. Reads do not wait.
+        Seconds that a write waits for another process's, outside a request. Reads do not wait.
+    readonly : bool
+        Change nothing. A folder that this process may not write is opened so, with a warning.
 
     Raises
     ------
@@ -57,20 +82,26 @@ class DiskStore:
     def __init__(
         self,
         directory: str | Path,
-        size_limit: int = DEFAULT_SIZE_LIMIT,
+        size_limit: int | None = None,
         *,
         secret: bytes | None = None,
         lock_timeout: float = LOCK_TIMEOUT,
+        readonly: bool = False,
     ) -> None:
-        if size_limit <= 0:
+        if size_limit is not None and size_limit <= 0:
             raise ValueError(f"The store's size limit must be positive, not {size_limit} bytes.")
-        self.directory = Path(directory).expanduser()
-        self.size_limit = size_limit
+        self.directory = Path(directory).expanduser().absolute()
+        self.readonly = readonly
         self._secret, self._lock_timeout = secret, lock_timeout
         self._opening = threading.Lock()
         # The files whose checksum this process has compared.
         self._hashed: OrderedDict[Identity, None] = OrderedDict()
         self._open()
+        self.size_limit = size_limit or self._half_of_the_disk()
+
+    @property
+    def local(self) -> DiskStore:
+        return self
 
     def get(self, expected: Header) -> Payload | None:
         try:
@@ -88,10 +119,14 @@ class DiskStore:
                         return None
         except (sqlite3.Error, OSError, StoreError) as error:
             logger.warning("The chunk store at %s cannot be read: %s.", self.directory, error)
+            if is_damage(error):
+                self._make_anew(str(error))
         return None
 
     def put(self, payload: Payload, tag: str | None = None) -> int:
         content = payload.to_bytes(self._secret)
+        if self.readonly:
+            return 0
         if len(content) > self.size_limit:
             logger.warning(
                 "A chunk of %d bytes is larger than the store's limit of %d and is not kept; "
@@ -100,14 +135,17 @@ class DiskStore:
                 self.size_limit,
             )
             return 0
+        about = About.from_json(payload.about)
+        note = Note(payload.header.engine, payload.header.key, About(about.known, tag))
         with self._errors("A chunk cannot be written to"):
             self._reopen_if_replaced()
             try:
                 with self._changing():
-                    self._cache.set(payload.header.key, content, tag=tag)
-                    self._index.touch([payload.header.key])
+                    name = self._disk.store(content, False)[2]
+                    assert name is not None
+                    self._index.insert([Entry(note, name, len(content), time.time())])
                     self._index.make_room(self.size_limit)
-            except (OSError, sqlite3.Error, diskcache.Timeout):
+            except (OSError, sqlite3.Error):
                 self._clean_up()
                 raise
         return len(content)
@@ -117,21 +155,57 @@ class DiskStore:
             return {key for key in keys if self._index.contains(key)}
 
     def touch(self, keys: Sequence[str]) -> None:
-        if not keys:
+        if not keys or self.readonly:
             return
         try:
             self._index.touch(keys)
         except sqlite3.Error as error:
             logger.warning("The chunk store at %s cannot be written: %s.", self.directory, error)
 
-    def retag(self, tags: Mapping[str, str]) -> None:
-        if tags:
+    def note(self, notes: Iterable[Note]) -> None:
+        """Remember texts and tags of chunks, stored or not. Raises `StoreError`."""
+        if not self.readonly:
             with self._errors("Tags cannot be written in"):
-                self._index.retag(tags)
+                self._reopen_if_replaced()
+                self._index.note(notes)
 
-    def evict(self, tag: str) -> set[str]:
+    def retag(self, tags: Mapping[str, str]) -> None:
+        self.note(Note("", key, About(None, tag)) for key, tag in tags.items())
+
+    def tagged(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that have a tag."""
+        with self._errors("The index cannot be read in"):
+            return self._index.tagged(keys)
+
+    def texts(self, engine: str, after: int) -> tuple[tuple[int, int], int, list[Known]]:
+        """What an engine's catalogue reads: all that was noted after a number.
+
+        Returns
+        -------
+        tuple
+            What changes when something was forgotten, so that all has to be read again; the number
+            of the last text; the texts.
+        """
+        self._reopen_if_replaced()
+        return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
+
+    def state(self) -> str:
+        """What stays the same as long as all that was stored is there."""
+        with self._errors("The index cannot be read in"):
+            self._reopen_if_replaced()
+            return self._index.state()
+
+    def text_rows(self, tag: str | None = None) -> list[list[object]]:
+        """Every engine's ``[engine, key, text]``, of one tag where given; see `Index`."""
+        with self._errors("The index cannot be read in"):
+            return self._index.text_rows(tag)
+
+    def evict(self, tag: str, also: Iterable[str] = ()) -> set[str]:
         with self._errors("Chunks cannot be removed from"), self._changing():
-            return self._index.remove("tag = ?", (tag,))
+            untagged = set(also) - self._index.tagged(also)
+            gone = self._index.remove_keys(self._index.take_tag(tag) | untagged)
+            self._index.wipe()
+        return gone
 
     def discard(self, keys: Iterable[str]) -> None:
         with self._errors("Chunks cannot be removed from"), self._changing():
@@ -160,7 +234,8 @@ class DiskStore:
 
     def verify(self, *, fix: bool = True) -> list[str]:
         with self._errors("The store cannot be checked:"):
-            problems = self._index.problems()
+            if (problems := self._index.problems()) and fix:
+                self._make_anew(problems[0])
             if fix and (foreign := self._index.sweep_rows()):
                 problems.append(f"{foreign} index rows that this store did not write")
             for row in list(self._index.rows()):
@@ -177,45 +252,154 @@ class DiskStore:
 
     def close(self) -> None:
         self._disk.opened.clear()
-        self._cache.close()
-        self._index.close()
+        self._database.close()
 
     def _open(self) -> None:
         try:
             refuse_network_share(self.directory)
-            self.directory.mkdir(parents=True, mode=0o700, exist_ok=True)
-            self.directory.chmod(0o700)
+            if not self.readonly:
+                self.directory.mkdir(parents=True, mode=0o700, exist_ok=True)
             if any(path.is_symlink() for path in self.directory.glob("cache.db*")):
                 raise OSError("its index is a symbolic link")
-            self._cache = diskcache.Cache(
-                str(self.directory),
-                timeout=self._lock_timeout,
-                disk=SafeDisk,
-                size_limit=self.size_limit,
-                eviction_policy="none",  # diskcache would write on every read; see `Index.touch`
-                cull_limit=0,  # and drop ten entries at once; see `Index.make_room`
-                statistics=0,
-                tag_index=1,
-                disk_min_file_size=0,
-                sqlite_synchronous=2,  # a committed row survives a power cut
-            )
-            self._disk: SafeDisk = self._cache.disk
-            self._index = Index(self.directory, self._disk, self._lock_timeout)
+            if not self.readonly and not os.access(self.directory, os.W_OK):
+                logger.warning(
+                    "The chunk store at %s is read only: what it has is used, nothing new is kept.",
+                    self.directory,
+                )
+                self.readonly = True
+            if not shares_memory(self.directory):
+                logger.warning(
+                    "%s is on a file system (%s) that may be a network's: the index goes without "
+                    "shared memory, and is slower. A local folder as cache_dir is safer.",
+                    self.directory,
+                    file_system(self.directory),
+                )
+            self._disk = SafeDisk(str(self.directory), min_file_size=0)
             self._lock = TurnLock(self.directory / "writers.lock", TURN_TIMEOUT)
-            self._sweep_files(fix=True)
+            if self.readonly:
+                self._connect()
+                if not self._index.complete():
+                    raise OSError("it is of an older version; open it once to write")
+            else:
+                make_private(self.directory, 0o700)
+                self._open_to_write()
         except (OSError, sqlite3.Error, diskcache.Timeout, AttributeError, TypeError) as error:
             raise StoreError(
                 f"The chunk store at {self.directory} cannot be opened: {error}. "
                 "Give a writable local folder as cache_dir, or remove a damaged one."
             ) from error
+        self._openings = getattr(self, "_openings", 0) + 1
+
+    def _open_to_write(self) -> None:
+        path = self.directory / "cache.db"
+        try:
+            sound = path.exists()
+            if sound:
+                self._connect()
+                # Also what is read below can be read.
+                sound = self._index.complete() and self._index.file_names() is not None
+        except sqlite3.Error as error:
+            if not is_damage(error) and path.is_file():
+                raise
+            sound = False
+        if not sound:
+            with self._changing():
+                self._make_index(path)
+        for made in (*self.directory.glob("cache.db*"), self.directory / "writers.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                make_private(made, 0o600)
+        self._sweep_files(fix=True)
+
+    def _connect(self) -> None:
+        path = self.directory / "cache.db"
+        self._database = Database(path, self._lock_timeout, readonly=self.readonly)
+        if not self.readonly and not shares_memory(self.directory):
+            # No log, which needs shared memory; readers wait for writers then.
+            self._database.connection.execute("PRAGMA journal_mode = DELETE")
+        self._index = Index(self._database, self._disk)
+
+    def _make_index(self, path: Path) -> None:
+        """An index of what the files say of themselves; a damaged one is kept under its name."""
+        if path.exists():
+            why = self._damage_of_index(path)
+            if why is None and self._index.complete():
+                return  # another process has made it
+            if why is not None:
+                logger.warning(
+                    "The index at %s is damaged (%s). It is kept as %s, and made anew from the "
+                    "chunks.",
+                    path,
+                    why,
+                    set_aside(path).name,
+                )
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        diskcache.Cache(
+            str(self.directory),
+            timeout=self._lock_timeout,
+            disk=SafeDisk,
+            eviction_policy="none",  # diskcache would write on every read; see `Index.touch`
+            cull_limit=0,  # and drop ten entries at once; see `Index.make_room`
+            statistics=0,
+            tag_index=0,
+            disk_min_file_size=0,
+            sqlite_synchronous=2,
+            sqlite_mmap_size=0,
+            sqlite_journal_mode="wal" if shares_memory(self.directory) else "delete",
+        ).close()
+        self._connect()
+        self._index.make_tables()
+        if self._index.count() == 0:
+            self._index.insert(self._found_again())
+
+    def _damage_of_index(self, path: Path) -> str | None:
+        try:
+            self._connect()
+            return next(iter(self._index.problems()), None)
+        except sqlite3.Error as error:
+            if is_damage(error) or not path.is_file():
+                return str(error)
+            raise
+
+    def _make_anew(self, why: str) -> None:
+        """After sqlite has found the index damaged while it was in use."""
+        logger.warning("The index of the chunk store at %s: %s.", self.directory, why)
+        if self.readonly:
+            return
+        with self._opening:
+            self._disk.opened.clear()
+            self._hashed.clear()
+            try:
+                with self._changing():
+                    self._make_index(self.directory / "cache.db")
+            except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+                logger.warning("It cannot be made anew: %s.", error)
+            self._openings += 1
+
+    def _found_again(self) -> Iterator[Entry]:
+        """What the files say of themselves; `get` checks whether it is true."""
+        for name in sorted(self._disk.files()):
+            try:
+                path = self._disk.path(name)
+                header, about = claims(read_start(path))
+                found = path.stat()
+            except (DamagedPayload, UnsafeEntry, OSError):
+                continue
+            note = Note(header.engine, header.key, About.from_json(about))
+            yield Entry(note, name, found.st_size, found.st_mtime)
+
+    def _half_of_the_disk(self) -> int:
+        free = shutil.disk_usage(self.directory).free
+        with self._errors("The index cannot be read in"):
+            return int(SPARE * free) + self._index.volume()
 
     def _reopen_if_replaced(self) -> None:
-        if self._index.replaced():
+        if self._database.replaced():
             with self._opening:
-                if self._index.replaced():
-                    logger.warning(
-                        "The chunk store at %s was replaced; opening it anew.", self.directory
-                    )
+                if self._database.replaced():
+                    if not self.readonly:
+                        logger.warning(
+                            "The chunk store at %s was replaced; opening it anew.", self.directory
+                        )
                     self._hashed.clear()
                     self._open()
 
@@ -250,22 +434,26 @@ class DiskStore:
         return None
 
     def _drop(self, key: str, name: object, why: str) -> None:
+        if self.readonly:
+            logger.warning("Chunk %s is damaged (%s), and not used.", key[:12], why)
+            return
         logger.warning("Chunk %s is damaged (%s); it is removed and computed again.", key[:12], why)
         with self._changing():
             self._index.remove("key = ? AND filename IS ?", (key, name))
 
     def _clean_up(self) -> None:
-        """After a write that failed, on a full disk say: leave no transaction and no file."""
-        self._cache.close()
+        """After a write that failed, on a full disk say: leave no file."""
         with contextlib.suppress(OSError, sqlite3.Error):
             self._sweep_files(fix=True)
 
     def _sweep_files(self, fix: bool) -> list[str]:
         """Files that killed processes left without a row; skipped while anybody writes."""
+        if self.readonly:
+            return []
         with self._lock.at_once() as free:
             if not free:
                 return []
-            orphans = self._disk.files() - {row.filename for row in self._index.rows()}
+            orphans = self._disk.files() - self._index.file_names()
             if fix:
                 for name in orphans:
                     self._disk.remove(name)
@@ -279,12 +467,9 @@ class DiskStore:
     def _errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except diskcache.Timeout as error:
-            raise StoreError(
-                f"{what} {self.directory}: another process has locked the index for more than "
-                f"{self._lock_timeout:g} seconds."
-            ) from error
         except (OSError, sqlite3.Error) as error:
+            if is_damage(error):
+                self._make_anew(str(error))
             raise StoreError(
                 f"{what} {self.directory}: {error}. "
                 "Free some space, make the folder writable, or remove a damaged one."

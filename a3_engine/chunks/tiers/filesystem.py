@@ -1,15 +1,19 @@
-"""What a local store asks of its file system: sqlite's locks, and one of our own."""
+"""What a local store asks of its file system: sqlite's locks, one of our own, owners and modes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import re
+import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from a3_engine.chunks.patience import waiting
 from a3_engine.errors import StoreError
 
 try:
@@ -20,8 +24,14 @@ except ImportError:  # Windows
 # sqlite's write-ahead log needs memory shared between all its users, which these do not give.
 NETWORK = {
     "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs",
-    "ncpfs", "webdav", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse",
-    "fuse.rclone", "fuse.mount-s3", "fuse.juicefs",
+    "ncpfs", "webdav", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.s3fs",
+    "fuse.gcsfuse", "fuse.rclone", "fuse.mount-s3", "fuse.mountpoint-s3", "fuse.juicefs",
+}  # fmt: skip
+# Where it does. Others may be a network's, seen through a driver: 9p, virtiofs, fuse.
+LOCAL = {
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "reiserfs", "jfs", "tmpfs",
+    "ramfs", "overlay", "aufs", "vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "apfs", "hfsplus",
+    "ufs", "erofs", "squashfs", "ecryptfs", "fuse.fuse-overlayfs", "fuse.gocryptfs",
 }  # fmt: skip
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -29,15 +39,21 @@ MOUNTS = Path("/proc/self/mountinfo")
 def file_system(path: Path, mounts: Path = MOUNTS) -> str | None:
     """Type of the file system that holds a path; None where the system does not tell."""
     try:
-        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = mounts.read_bytes().splitlines()
     except OSError:
         return None
     resolved, best, kind = path.resolve(), -1, None
     for line in lines:
-        left, _, right = line.partition(" - ")
-        point = Path(left.split()[4].encode().decode("unicode_escape"))
+        left, _, right = line.partition(b" - ")
+        if len(left.split()) < 5 or not right:
+            continue
+        # Blanks stand as octal numbers; other bytes, of whatever encoding, as they are.
+        name = re.sub(
+            rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), left.split()[4]
+        )
+        point = Path(os.fsdecode(name))
         if resolved.is_relative_to(point) and len(point.parts) >= best:
-            best, kind = len(point.parts), right.split()[0]
+            best, kind = len(point.parts), os.fsdecode(right.split()[0])
     return kind
 
 
@@ -49,6 +65,43 @@ def refuse_network_share(path: Path, mounts: Path = MOUNTS) -> None:
             f"{path} is on a network share ({kind}), where sqlite cannot keep a chunk store. Give "
             f"a local folder as cache_dir, and share chunks by store='file://{path}'."
         )
+
+
+def shares_memory(path: Path, mounts: Path = MOUNTS) -> bool:
+    """Whether sqlite's log can be used there; where the system does not tell, it is."""
+    kind = file_system(path, mounts)
+    return kind is None or kind in LOCAL
+
+
+def give_to_owner(folder: str | Path, *made: str | Path) -> None:
+    """What root makes in another user's folder belongs to that user."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return
+    owner = os.stat(folder)
+    if owner.st_uid != 0:
+        for path in made:
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def make_private(path: Path, mode: int) -> None:
+    """Give a file or folder of ours a mode that lets nobody else in."""
+    found = path.stat()
+    mine = not hasattr(os, "geteuid") or os.geteuid() in (0, found.st_uid)
+    if mine and stat.S_IMODE(found.st_mode) != mode:
+        path.chmod(mode)
+    if not path.is_dir():
+        give_to_owner(path.parent, path)
+
+
+def set_aside(path: Path) -> Path:
+    """Keep a damaged index under another name, in place of one that was kept before."""
+    kept = path.with_name(path.name + ".damaged")
+    if kept.is_dir() and not kept.is_symlink():
+        shutil.rmtree(kept)
+    path.replace(kept)
+    for end in ("-wal", "-shm"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    return kept
 
 
 class TurnLock:
@@ -64,19 +117,19 @@ class TurnLock:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for it and hold it. Raises `TimeoutError`."""
-        deadline = time.monotonic() + self._timeout
-        late = TimeoutError(f"others have been writing for {self._timeout:g} seconds")
-        if not self._threads.acquire(timeout=self._timeout):
-            raise late
-        try:
-            with self._opened() as handle:
+        with contextlib.ExitStack() as held:
+            with waiting(self, self._timeout) as seconds:
+                deadline = time.monotonic() + seconds
+                late = TimeoutError(f"others have been writing for {seconds:.3g} seconds")
+                if not self._threads.acquire(timeout=seconds):
+                    raise late
+                held.callback(self._threads.release)
+                handle = held.enter_context(self._opened())
                 while fcntl is not None and not self._taken(handle):
                     if time.monotonic() > deadline:
                         raise late
                     time.sleep(random.uniform(0.0005, 0.003))
-                yield
-        finally:
-            self._threads.release()
+            yield
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[bool]:
@@ -99,8 +152,14 @@ class TurnLock:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
-        handle = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
+        flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
         try:
+            handle = os.open(self._path, flags, 0o600)
+        except PermissionError:  # another user's, in a folder of ours
+            self._path.unlink()
+            handle = os.open(self._path, flags, 0o600)
+        try:
+            give_to_owner(self._path.parent, self._path)
             yield handle
         finally:
             os.close(handle)

@@ -1,28 +1,46 @@
-"""diskcache's table, read and written by what diskcache itself does not offer.
+"""diskcache's table, read and written by what diskcache itself does not offer; and two beside it.
 
-Reads never wait for a writer: they take no lock, and marking what was used gives up soon. The order
-of use follows the clock, but never goes back when the clock does.
+``Tags`` holds all tags of a chunk, ``Texts`` how its texts are found again. Both outlive the chunk
+where it goes for want of room: it comes back when a prompt holds it. Reads never wait for a writer:
+they take no lock, and marking what was used gives up soon. The order of use follows the clock, but
+never goes back when the clock does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from diskcache.core import MODE_BINARY
 
+from a3_engine.chunks.known import About, Known
+from a3_engine.chunks.tiers.database import Database
 from a3_engine.chunks.tiers.safe_disk import SafeDisk
 
 # A row that `put` can have written; the rest is not looked at, and `sweep_rows` removes it.
 OURS = f"raw = 1 AND typeof(key) = 'text' AND mode = {MODE_BINARY} AND value IS NULL"
 LATER = "max(:now, (SELECT coalesce(max(access_time), 0) + 1e-6 FROM Cache))"
-MARK_TIMEOUT_MS = 50  # at the end of a request, which does not wait longer for this
+MARK_S = 0.05  # at the end of a request, which does not wait longer for this
+SCHEMA = """
+CREATE INDEX IF NOT EXISTS Cache_access_time ON Cache (access_time);
+CREATE TABLE IF NOT EXISTS Tags (key TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (key, tag))
+    WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS Tags_tag ON Tags (tag);
+CREATE TABLE IF NOT EXISTS Texts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, engine TEXT NOT NULL, sha256 TEXT NOT NULL,
+    chars INTEGER NOT NULL, head TEXT NOT NULL, tail TEXT NOT NULL, key TEXT NOT NULL,
+    UNIQUE (engine, sha256)
+);
+CREATE INDEX IF NOT EXISTS Texts_key ON Texts (key);
+CREATE TABLE IF NOT EXISTS Evictions (id INTEGER PRIMARY KEY AUTOINCREMENT);
+CREATE TABLE IF NOT EXISTS Removals (id INTEGER PRIMARY KEY AUTOINCREMENT, store TEXT);
+INSERT INTO Removals (store) SELECT lower(hex(randomblob(16)))
+    WHERE NOT EXISTS (SELECT 1 FROM Removals);
+"""
+TABLES = {"Cache", "Settings", "Tags", "Texts", "Evictions", "Removals"}
 
 
 class Row(NamedTuple):
@@ -33,20 +51,51 @@ class Row(NamedTuple):
     nbytes: int
     stored: float
     used: float
-    tag: str | None
+    tags: tuple[str, ...]
+
+
+class Note(NamedTuple):
+    """What is known of a chunk beside its KV: whose it is, and of which text and tag."""
+
+    engine: str
+    key: str
+    about: About
+
+
+class Entry(NamedTuple):
+    """What a row is made of; ``stored`` is in seconds since the epoch."""
+
+    note: Note
+    filename: str
+    nbytes: int
+    stored: float
 
 
 class Index:
-    """Rows of one store's ``cache.db``; one connection a thread."""
+    """Rows of one store's ``cache.db``."""
 
-    def __init__(self, directory: Path, disk: SafeDisk, lock_timeout: float) -> None:
-        self._path = directory / "cache.db"
-        self._disk = disk
-        self._timeout = lock_timeout
-        self._local = threading.local()
-        self.inode = self._path.stat().st_ino
-        with self.writing() as db:
-            db.execute("CREATE INDEX IF NOT EXISTS Cache_access_time ON Cache (access_time)")
+    def __init__(self, database: Database, disk: SafeDisk) -> None:
+        self._database, self._disk = database, disk
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        return self._database.connection
+
+    def complete(self) -> bool:
+        """Whether all tables are there."""
+        query = "SELECT name FROM sqlite_master WHERE type = 'table'"
+        return {name for (name,) in self._db.execute(query)} >= TABLES
+
+    def make_tables(self) -> None:
+        """The tables beside diskcache's own; the tags of an older store become several."""
+        self._db.executescript(SCHEMA)
+        with self._database.writing() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO Tags SELECT key, tag FROM Cache "
+                f"WHERE {OURS} AND typeof(tag) = 'text'"
+            )
+
+    # Entries
 
     def find(self, key: str) -> Any:
         """The name of an entry's file; None where there is no entry."""
@@ -54,36 +103,55 @@ class Index:
         (filename,) = self._db.execute(query, (key,)).fetchone() or (None,)
         return filename
 
-    def touch(self, keys: Sequence[str]) -> None:
-        """Mark entries as the last used, unless somebody else keeps writing."""
-        db, now = self._db, time.time()
-        with contextlib.suppress(sqlite3.OperationalError):
-            db.execute(f"PRAGMA busy_timeout = {MARK_TIMEOUT_MS}")
-            try:
-                with self.writing():
-                    db.executemany(
-                        f"UPDATE Cache SET access_time = {LATER} WHERE key = :key AND {OURS}",
-                        [{"now": now, "key": key} for key in keys],
-                    )
-            finally:
-                db.execute(f"PRAGMA busy_timeout = {int(1000 * self._timeout)}")
-
     def contains(self, key: str) -> bool:
         query = f"SELECT 1 FROM Cache WHERE key = ? AND {OURS}"
         return self._db.execute(query, (key,)).fetchone() is not None
 
     def rows(self) -> Iterator[Row]:
         """All entries, the least recently used first."""
-        query = "SELECT key, filename, size, store_time, access_time, tag FROM Cache WHERE "
-        for row in self._db.execute(query + OURS + " ORDER BY access_time").fetchall():
-            yield Row(*row)
+        query = f"SELECT key, filename, size, store_time, access_time FROM Cache WHERE {OURS}"
+        tags: dict[str, tuple[str, ...]] = {}
+        for key, tag in self._db.execute("SELECT key, tag FROM Tags ORDER BY tag"):
+            tags[key] = (*tags.get(key, ()), tag)
+        for row in self._db.execute(f"{query} ORDER BY access_time").fetchall():
+            key, filename, nbytes, stored, used = row
+            yield Row(key, filename, nbytes, stored, used, tags.get(key, ()))
 
-    def retag(self, tags: Mapping[str, str]) -> None:
-        with self.writing() as db:
-            db.executemany(
-                f"UPDATE Cache SET tag = :tag WHERE key = :key AND {OURS} AND tag IS NOT :tag",
-                [{"key": key, "tag": tag} for key, tag in tags.items()],
-            )
+    def insert(self, entries: Iterable[Entry]) -> None:
+        """Rows for files that are there, in place of their keys' earlier ones; the last used."""
+        before: list[str] = []
+        with self._database.writing() as db:
+            for note, *rest in entries:
+                values = dict(zip(("key", "name", "size", "now"), (note.key, *rest), strict=True))
+                # Not by a REPLACE, which diskcache's triggers that count bytes do not see.
+                query = "DELETE FROM Cache WHERE key = :key AND raw = 1 RETURNING filename"
+                before += [name for (name,) in db.execute(query, values).fetchall()]
+                db.execute(
+                    "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, filename) "
+                    f"VALUES (:key, 1, :now, {LATER}, :size, {MODE_BINARY}, :name)",
+                    values,
+                )
+                self._note(db, [note])
+        for name in before:
+            self._disk.remove(name)
+
+    def file_names(self) -> set[str]:
+        """Names of the files that have a row."""
+        return {name for (name,) in self._db.execute(f"SELECT filename FROM Cache WHERE {OURS}")}
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """Mark entries as the last used, unless somebody else keeps writing."""
+        marks = [{"now": time.time(), "key": key} for key in keys]
+        with contextlib.suppress(sqlite3.OperationalError):
+            # A mark may be lost in a power cut.
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with self._database.writing(MARK_S) as db:
+                    db.executemany(
+                        f"UPDATE Cache SET access_time = {LATER} WHERE key = :key AND {OURS}", marks
+                    )
+            finally:
+                self._db.execute("PRAGMA synchronous = FULL")
 
     def remove(self, where: str, parameters: Sequence[Any]) -> set[str]:
         """Remove the entries of a condition, rows first; returns their keys."""
@@ -100,9 +168,11 @@ class Index:
         self._delete(where, values)
         return keys
 
-    def remove_keys(self, keys: Iterable[str]) -> None:
+    def remove_keys(self, keys: Iterable[str]) -> set[str]:
+        gone: set[str] = set()
         for key in keys:
-            self.remove("key = ?", (key,))
+            gone |= self.remove("key = ?", (key,))
+        return gone
 
     def make_room(self, limit: int) -> set[str]:
         """Remove the least recently used entries, no more than it takes for the store to fit."""
@@ -120,12 +190,12 @@ class Index:
 
     def sweep_rows(self) -> int:
         """Remove the rows that `put` cannot have written; their files are orphans then."""
-        with self.writing() as db:
+        with self._database.writing() as db:
             return db.execute(f"DELETE FROM Cache WHERE NOT coalesce({OURS}, 0)").rowcount
 
     def recount(self) -> None:
         """Correct the counters of entries and bytes."""
-        with self.writing() as db:
+        with self._database.writing() as db:
             for name, query in (("count", "count(*)"), ("size", "coalesce(sum(size), 0)")):
                 db.execute(
                     f"UPDATE Settings SET value = (SELECT {query} FROM Cache) WHERE key = ?",
@@ -143,53 +213,100 @@ class Index:
         (page,) = self._db.execute("PRAGMA page_size").fetchone()
         return payloads + pages * page
 
+    def state(self) -> str:
+        """Another one for every store, and whenever something was removed."""
+        (state,) = self._db.execute("SELECT store || ' ' || id FROM Removals").fetchone()
+        return str(state)
+
     def problems(self) -> list[str]:
         """What sqlite itself finds wrong."""
         found = [str(message) for (message,) in self._db.execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else [f"index: {message}" for message in found]
 
-    def replaced(self) -> bool:
-        """Whether somebody has removed or exchanged the folder under our feet."""
-        try:
-            return self._path.stat().st_ino != self.inode
-        except OSError:
-            return True
+    # Tags and texts
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that has the write lock from its start."""
-        db = self._db
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+    def note(self, notes: Iterable[Note]) -> None:
+        """Remember texts and tags of chunks, stored or not; nothing is written for known ones."""
+        new = [note for note in notes if not self._noted(note)]
+        if new:
+            with self._database.writing() as db:
+                self._note(db, new)
 
-    def close(self) -> None:
-        """Close this thread's connection; those of other threads close with them."""
-        db = self._local.__dict__.pop("db", None)
-        if db is not None:
-            db.close()
+    def tagged(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that have a tag."""
+        query = "SELECT 1 FROM Tags WHERE key = ?"
+        return {key for key in keys if self._db.execute(query, (key,)).fetchone()}
 
-    @property
-    def _db(self) -> sqlite3.Connection:
-        if self._local.__dict__.get("pid") != os.getpid():  # a fork must not share connections
-            self._local.__dict__.pop("db", None)
-            self._local.pid = os.getpid()
-        if "db" not in self._local.__dict__:
-            db = sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None)
-            # A mark of use may be lost in a power cut; entries themselves are written by diskcache.
-            db.execute("PRAGMA synchronous = NORMAL")
-            self._local.db = db
-        return self._local.__dict__["db"]
+    def take_tag(self, tag: str) -> set[str]:
+        """Forget a tag, and the texts of chunks that have no other; returns those chunks' keys."""
+        with self._database.writing() as db:
+            taken = db.execute("DELETE FROM Tags WHERE tag = ? RETURNING key", (tag,)).fetchall()
+            keys = {key for (key,) in taken}
+            keys -= self.tagged(keys)
+            db.executemany("DELETE FROM Texts WHERE key = ?", [(key,) for key in keys])
+            if keys:
+                db.execute("INSERT INTO Evictions DEFAULT VALUES")
+        return keys
+
+    def wipe(self) -> None:
+        """Leave nothing in the log of what was deleted, unless somebody reads there now."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA busy_timeout = 0")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def evictions(self) -> int:
+        """Grows whenever texts are forgotten."""
+        query = "SELECT coalesce(max(id), 0) FROM Evictions"
+        return int(self._db.execute(query).fetchone()[0])
+
+    def texts(self, engine: str, after: int) -> tuple[int, list[Known]]:
+        """An engine's texts that came after a number, and the number of the last."""
+        (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM Texts").fetchone()
+        rows = self._db.execute(
+            # The plus keeps sqlite from going through all of the engine's texts by their index.
+            "SELECT sha256, chars, head, tail FROM Texts WHERE id > ? AND id <= ? AND +engine = ?",
+            (after, last, engine),
+        )
+        return last, [Known(*row) for row in rows]
+
+    def text_rows(self, tag: str | None = None) -> list[list[Any]]:
+        """Every engine's ``[engine, key, [sha256, chars, head, tail]]``, of one tag where given."""
+        query = (
+            "SELECT engine, key, sha256, chars, head, tail FROM Texts "
+            "WHERE ?1 IS NULL OR key IN (SELECT key FROM Tags WHERE tag = ?1)"
+        )
+        return [[row[0], row[1], list(row[2:])] for row in self._db.execute(query, (tag,))]
+
+    def _noted(self, note: Note) -> bool:
+        tagged = "SELECT 1 FROM Tags WHERE key = ? AND tag = ?"
+        known = "SELECT 1 FROM Texts WHERE engine = ? AND sha256 = ?"
+        text, tag = note.about
+        return (
+            tag is None or self._db.execute(tagged, (note.key, tag)).fetchone() is not None
+        ) and (
+            text is None
+            or self._db.execute(known, (note.engine, text.sha256)).fetchone() is not None
+        )
+
+    @staticmethod
+    def _note(db: sqlite3.Connection, notes: Iterable[Note]) -> None:
+        for engine, key, (known, tag) in notes:
+            if tag is not None:
+                db.execute("INSERT OR IGNORE INTO Tags VALUES (?, ?)", (key, tag))
+            if known is not None:
+                db.execute(
+                    "INSERT OR IGNORE INTO Texts (engine, sha256, chars, head, tail, key) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    (engine, *known, key),
+                )
 
     def _delete(self, where: str, values: tuple[Any, ...]) -> list[tuple[Any, Any]]:
-        with self.writing() as db:
+        with self._database.writing() as db:
             query = f"DELETE FROM Cache WHERE ({where}) RETURNING key, filename"
-            return db.execute(query, values).fetchall()
+            removed = db.execute(query, values).fetchall()
+            if removed:
+                db.execute("UPDATE Removals SET id = id + 1")
+            return removed
 
     def _unlink(self, rows: Iterable[tuple[Any, Any]]) -> set[str]:
         keys = set()

@@ -16,7 +16,7 @@ from a3_engine.chunks.store import StoreStats
 class MemoryTier:
     """The most recently used chunks, encoded, up to a number of bytes.
 
-    Tags are left to the tiers below; what they evict is discarded here too.
+    Tags are left to the other tiers; what they evict goes here too.
 
     Parameters
     ----------
@@ -64,7 +64,8 @@ class MemoryTier:
     def retag(self, tags: Mapping[str, str]) -> None:
         pass
 
-    def evict(self, tag: str) -> set[str]:
+    def evict(self, tag: str, also: Iterable[str] = ()) -> set[str]:
+        self.discard(also)
         return set()
 
     def discard(self, keys: Iterable[str]) -> None:

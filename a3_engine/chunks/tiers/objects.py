@@ -1,4 +1,4 @@
-"""A folder or bucket behind a URL, by fsspec: one object a chunk, an empty one for each tag."""
+"""A folder or bucket behind a URL, by fsspec: one object a chunk, two empty ones for each tag."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class ObjectBlobs:
-    """``URL/ab/KEY`` and ``URL/tags/TAG'S SHA256/KEY``."""
+    """``URL/ab/KEY``; ``URL/tags/TAG'S SHA256/KEY``, ``URL/tagged/KEY/TAG'S SHA256``."""
 
     group_bytes = 2**62  # one object, whatever its size
 
@@ -43,16 +43,21 @@ class ObjectBlobs:
 
     def mark(self, tag: str, keys: Iterable[str]) -> None:
         for key in keys:
-            self._pipe(f"{self._tag(tag)}/{key}", b"")
+            self._pipe(f"{self._root}/tags/{_name(tag)}/{key}", b"")
+            self._pipe(f"{self._root}/tagged/{key}/{_name(tag)}", b"")
 
-    def take(self, tag: str) -> set[str]:
-        try:
-            marks = self._fs.ls(self._tag(tag), detail=False)
-        except FileNotFoundError:
-            return set()
-        self._fs.rm(self._tag(tag), recursive=True)
-        names = {str(mark).rpartition("/")[2] for mark in marks}
-        return {name for name in names if KEY.fullmatch(name)}
+    def take(self, tag: str, also: set[str]) -> set[str]:
+        marks = f"{self._root}/tags/{_name(tag)}"
+        keys = {key for key in self._names(marks) if KEY.fullmatch(key)}
+        if keys:
+            self._fs.rm(marks, recursive=True)
+        last = set()
+        for key in keys | also:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/tagged/{key}/{_name(tag)}")
+            if not self._names(f"{self._root}/tagged/{key}"):
+                last.add(key)
+        return last
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -65,11 +70,20 @@ class ObjectBlobs:
     def _path(self, key: str) -> str:
         return f"{self._root}/{key[:2]}/{key}"
 
-    def _tag(self, tag: str) -> str:
-        return f"{self._root}/tags/{hashlib.sha256(tag.encode()).hexdigest()}"
+    def _names(self, folder: str) -> set[str]:
+        try:
+            found = self._fs.ls(folder, detail=False)
+        except FileNotFoundError:
+            return set()
+        return {str(path).rstrip("/").rpartition("/")[2] for path in found}
 
     def _pipe(self, path: str, content: bytes) -> None:
         # A reader that comes in the middle finds a cut payload, which is a miss.
         with contextlib.suppress(NotImplementedError):
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._fs.pipe_file(path, content)
+
+
+def _name(tag: str) -> str:
+    """A tag in an object's name: without letters of its own, and of one length."""
+    return hashlib.sha256(tag.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,5 +1,7 @@
 """Redis or Valkey: a hash for each chunk with one field a layer group, a set for each tag.
 
+A chunk's tags are a set too: it goes with its last one.
+
 A chunk is one key of the server, so that its memory policy removes whole chunks; a value of a
 layer group stays far below the 512 MB that a value may have.
 """
@@ -16,7 +18,7 @@ KEY = re.compile(rb"[0-9a-f]{64}")
 
 
 class RedisBlobs:
-    """``a3:kv:KEY`` (a hash) and ``a3:tag:TAG`` (a set)."""
+    """``a3:kv:KEY`` (a hash), ``a3:tag:TAG`` and ``a3:tags:KEY`` (sets)."""
 
     group_bytes = 8 * 2**20
 
@@ -54,14 +56,24 @@ class RedisBlobs:
             return {key for key, there in zip(keys, pipeline.execute(), strict=True) if there}
 
     def mark(self, tag: str, keys: Iterable[str]) -> None:
-        self._redis.sadd(f"a3:tag:{tag}", *keys)
+        with self._redis.pipeline(transaction=True) as pipeline:
+            for key in keys:
+                pipeline.sadd(f"a3:tag:{tag}", key)
+                pipeline.sadd(f"a3:tags:{key}", tag)
+            pipeline.execute()
 
-    def take(self, tag: str) -> set[str]:
+    def take(self, tag: str, also: set[str]) -> set[str]:
         with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.smembers(f"a3:tag:{tag}")
             pipeline.delete(f"a3:tag:{tag}")
             members, _ = pipeline.execute()
-        return {member.decode() for member in members if KEY.fullmatch(member)}
+        keys = also | {member.decode() for member in members if KEY.fullmatch(member)}
+        with self._redis.pipeline(transaction=True) as pipeline:
+            for key in keys:
+                pipeline.srem(f"a3:tags:{key}", tag)
+                pipeline.exists(f"a3:tags:{key}")  # an empty set is none
+            others = pipeline.execute()[1::2]
+        return {key for key, other in zip(keys, others, strict=True) if not other}
 
     def delete(self, keys: Iterable[str]) -> None:
         if names := [f"a3:kv:{key}" for key in keys]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
+from a3_engine.chunks.patience import waiting
 from a3_engine.chunks.payload import DamagedPayload, Header, Payload, join
 from a3_engine.chunks.store import StoreStats
 
@@ -41,8 +42,8 @@ class Blobs(Protocol):
     def mark(self, tag: str, keys: Iterable[str]) -> None:
         """Remember that these chunks have this tag."""
 
-    def take(self, tag: str) -> set[str]:
-        """The keys with this tag, which is forgotten."""
+    def take(self, tag: str, also: set[str]) -> set[str]:
+        """Forget a tag; those of the keys that had it, and of others, that have no tag now."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove these chunks where they are stored."""
@@ -57,7 +58,7 @@ class RemoteTier:
     Parameters
     ----------
     timeout : float
-        Seconds for one call.
+        Seconds for one call, and for all calls of one request.
     """
 
     def __init__(self, blobs: Blobs, url: str, *, timeout: float, secret: bytes | None) -> None:
@@ -133,9 +134,11 @@ class RemoteTier:
         if by_tag:
             self._call(mark, None)
 
-    def evict(self, tag: str) -> set[str]:
+    def evict(self, tag: str, also: Iterable[str] = ()) -> set[str]:
+        others = set(also)
+
         def evict() -> set[str]:
-            keys = self._blobs.take(tag)
+            keys = self._blobs.take(tag, others)
             self._blobs.delete(keys)
             return keys
 
@@ -162,8 +165,28 @@ class RemoteTier:
 
     def _call(self, act: Callable[[], T], otherwise: T) -> T:
         """The result of a call, or ``otherwise`` where the store is away or has just been."""
-        if time.monotonic() < self._away_until or not self._places.acquire(timeout=self._timeout):
+        if time.monotonic() < self._away_until:
             return otherwise
+        with waiting(self, self._timeout, of_a_request=self._timeout) as seconds:
+            deadline = time.monotonic() + seconds
+            if not self._places.acquire(timeout=seconds):
+                return otherwise
+            try:
+                # A thread of its own: no client's time-outs cover a peer that sends one byte a
+                # second.
+                return self._begun(act).result(max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                self._away_until = time.monotonic() + LEAVE_ALONE
+                logger.warning(
+                    "The shared store at %s is away (%s); chunks are computed, and it is asked "
+                    "again in %g seconds.",
+                    self._url,
+                    str(error) or f"no answer within {self._timeout:g} seconds",
+                    LEAVE_ALONE,
+                )
+                return otherwise
+
+    def _begun(self, act: Callable[[], T]) -> Future[T]:
         result: Future[T] = Future()
 
         def run() -> None:
@@ -174,18 +197,5 @@ class RemoteTier:
             finally:
                 self._places.release()
 
-        # A thread of its own: no client's time-outs cover a peer that sends one byte a second.
         threading.Thread(target=run, name="a3-remote", daemon=True).start()
-        try:
-            return result.result(self._timeout)
-        except Exception as error:
-            self._away_until = time.monotonic() + LEAVE_ALONE
-            why = str(error) or f"no answer within {self._timeout:g} seconds"
-            logger.warning(
-                "The shared store at %s is away (%s); chunks are computed, and it is asked again "
-                "in %g seconds.",
-                self._url,
-                why,
-                LEAVE_ALONE,
-            )
-            return otherwise
+        return result

@@ -17,6 +17,7 @@ from typing import Any
 import diskcache
 from diskcache.core import MODE_BINARY
 
+from a3_engine.chunks.tiers.filesystem import give_to_owner
 from a3_engine.chunks.tiers.opened import Opened
 
 ATTEMPTS = 10
@@ -68,6 +69,7 @@ class SafeDisk(diskcache.Disk):
                 os.fsync(opened.fileno())
             for parent in (folder, os.path.dirname(folder), self._directory):
                 _sync_folder(parent)
+            give_to_owner(self._directory, path, folder, os.path.dirname(folder))
         except OSError:  # the disk is full: leave nothing behind
             self.remove(name)
             raise

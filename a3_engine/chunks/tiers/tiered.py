@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from a3_engine.chunks.flights import Flights
+from a3_engine.chunks.known import About
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore, StoreStats
+from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -20,12 +22,12 @@ class TieredStore:
     ----------
     tiers : sequence of ChunkStore
         A chunk found in one is copied into those before it.
-    local : ChunkStore
+    local : DiskStore
         The one of them whose figures are reported and whose entries are verified.
     """
 
-    def __init__(self, tiers: Sequence[ChunkStore], local: ChunkStore) -> None:
-        self._tiers, self._local = tiers, local
+    def __init__(self, tiers: Sequence[ChunkStore], local: DiskStore) -> None:
+        self._tiers, self.local = tiers, local
         # Two requests that both need a chunk from a slow tier meet here, and fetch it once.
         self._flights = Flights()
 
@@ -46,7 +48,7 @@ class TieredStore:
             except StoreError as error:
                 failure = error
             else:
-                written = nbytes if tier is self._local else written
+                written = nbytes if tier is self.local else written
         if failure is not None:
             raise failure
         return written
@@ -67,11 +69,11 @@ class TieredStore:
         for tier in self._tiers:
             tier.retag(tags)
 
-    def evict(self, tag: str) -> set[str]:
-        keys: set[str] = set()
-        for tier in self._tiers:
-            keys |= tier.evict(tag)
-        self.discard(keys)
+    def evict(self, tag: str, also: Iterable[str] = ()) -> set[str]:
+        keys = self.local.evict(tag, also)
+        # The slowest first: each tier's tags decide about its own, and about untagged ones above.
+        for tier in reversed(self._tiers):
+            keys |= tier.evict(tag, keys)
         return keys
 
     def discard(self, keys: Iterable[str]) -> None:
@@ -80,10 +82,10 @@ class TieredStore:
             tier.discard(keys)
 
     def stats(self) -> StoreStats:
-        return self._local.stats()
+        return self.local.stats()
 
     def verify(self, *, fix: bool = True) -> list[str]:
-        return self._local.verify(fix=fix)
+        return self.local.verify(fix=fix)
 
     def close(self) -> None:
         for tier in self._tiers:
@@ -92,6 +94,6 @@ class TieredStore:
     def _fill(self, tiers: Sequence[ChunkStore], payload: Payload) -> None:
         for tier in reversed(tiers):
             try:
-                tier.put(payload)
+                tier.put(payload, About.from_json(payload.about).tag)
             except StoreError as error:
                 logger.warning("%s The chunk stays where it was found.", error)
