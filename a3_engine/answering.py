@@ -81,9 +81,10 @@ def assemble(
             f"{runtime.name} cannot be fused: {runtime.support.reason}. generate and stream "
             "answer by ordinary prefill."
         )
-    selector, rotation = method.selector, runtime.support.rotation
+    selector, rotation, library = method.selector, runtime.support.rotation, runtime.library
     started = time.perf_counter()
-    loaded, used = [], segments_used(runtime.library, prompt, selector)
+    loaded, used = [], segments_used(library, prompt, selector)
+    first = next((segment for _, segment in prompt.cached if segment.kind == "chunk"), None)
     report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
     for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
@@ -93,7 +94,7 @@ def assemble(
             if segment.kind == "chunk" and start + len(segment.ids) <= reused:
                 report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
             continue
-        fetched = runtime.library.fetch(segment, used)
+        fetched = library.fetch(segment, used)
         loaded.append((start, fetched.kv))
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
@@ -104,10 +105,10 @@ def assemble(
             report.cached_tokens += len(segment.ids)
         else:
             report.created_tokens += len(segment.ids)
-    prefix_ids, prefix_kv = runtime.library.prefix_ids, None
-    if isinstance(selector, SparseSelector) and prefix_ids:
-        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids), used).kv
-    local = partial(_local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv))
+    behind: dict[tuple[int, ...], ChunkKV | None] = {(): None}
+    if isinstance(selector, SparseSelector):  # the thread that computes must not fetch
+        behind |= {one.ids: library.fetch(one, used).kv for one in _behind(library, prompt)}
+    local = partial(_local_queries, runtime, prompt, dict(loaded), behind)
     compressor = method.compression.start() if method.compression else None
 
     def lay_out() -> FusedCache:
@@ -120,7 +121,7 @@ def assemble(
             runtime.model,
             rotation,
             cache,
-            prompt.layout(prefix_ids, reused),
+            prompt.layout(library.behind(first) if first else (), reused),
             selector,
             prompt.ids,
             local_queries=local,
@@ -139,9 +140,13 @@ def segments_used(library: ChunkLibrary, prompt: Prompt, selector: Selector) -> 
     if isinstance(selector, FullPrefill):
         return []
     used = [segment for _, segment in prompt.cached]
-    if isinstance(selector, SparseSelector) and library.prefix_ids:
-        used.append(Segment("prefix", library.prefix_ids))
-    return used
+    return used + _behind(library, prompt) if isinstance(selector, SparseSelector) else used
+
+
+def _behind(library: ChunkLibrary, prompt: Prompt) -> list[Segment]:
+    """What the prompt's chunks were computed behind."""
+    ids = {library.behind(segment): None for _, segment in prompt.cached}
+    return [Segment("prefix", each) for each in ids if each]
 
 
 def mark_used(runtime: Runtime, prompt: Prompt, selector: Selector) -> None:
@@ -154,16 +159,21 @@ def _local_queries(
     runtime: Runtime,
     prompt: Prompt,
     kv_at: dict[int, ChunkKV],
-    prefix: tuple[tuple[int, ...], ChunkKV | None],
+    behind: dict[tuple[int, ...], ChunkKV | None],
     selector: SparseSelector,
 ) -> torch.Tensor:
     """The local queries of the prompt's chunks, ``(chunks, layers, heads, head_dim)``."""
     assert runtime.local_queries is not None
+    assert runtime.library is not None
+    chunks = [
+        (start, segment, runtime.library.behind(segment))
+        for start, segment in prompt.cached
+        if segment.kind == "chunk"
+    ]
     return torch.stack(
         [
-            runtime.local_queries.get(selector, prefix, segment.ids, kv_at[start])
-            for start, segment in prompt.cached
-            if segment.kind == "chunk"
+            runtime.local_queries.get(selector, (ids, behind[ids]), segment.ids, kv_at[start])
+            for start, segment, ids in chunks
         ]
     )
 
@@ -191,6 +201,8 @@ def answer(
         fallback_reason=why_prefill(runtime, prompt, method, room),
         plan_s=plan_s,
     )
+    if report.fused and runtime.library is not None:
+        report.stand_in = runtime.library.stand_in
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
     recorder = None if sampling.logprobs is None else RecordLogprobs(sampling.logprobs)
     # A cache that leaves tokens out serves its own request alone.

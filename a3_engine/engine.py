@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.ingestion import Precomputed, ingest
+from a3_engine.chunks.stand_in import SHIPPED, passages_of
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT, StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
@@ -66,6 +67,9 @@ class A3Engine:
     encode_prefix : str
         What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
+    stand_in : str or sequence of str
+        What they are computed behind as well, in place of a prompt's other documents:
+        ``"shipped"``, ``"none"`` or passages of your own; see :mod:`a3_engine.chunks.stand_in`.
     size_limit : int
         Bytes that the chunk store may take.
     codec : str
@@ -85,6 +89,7 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
+        stand_in: str | Sequence[str] = SHIPPED,
         size_limit: int = DEFAULT_SIZE_LIMIT,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
@@ -93,9 +98,11 @@ class A3Engine:
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.selector = make_selector(selector, ratio)
         self.compression = make_compression(compression, keep)
+        passages_of(stand_in)  # a wrong one fails here
         self._source = source
         self._settings: dict[str, Any] = {
             "encode_prefix": encode_prefix,
+            "stand_in": stand_in,
             "size_limit": size_limit,
             "codec": get_codec(codec).name,
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
@@ -178,12 +185,11 @@ class A3Engine:
     @property
     def context_window(self) -> int:
         """Tokens that the prompt and its answer may have together."""
-        config = self.runtime.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
+        return self.runtime.context_window
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
+        """Identity of what the engine computes: model, tokenizer, dtype, prefix and stand-in."""
         return self.runtime.fingerprint
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from a3_engine import native
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import digest, model_fingerprint, tokenizer_fingerprint
 from a3_engine.chunks.library import ChunkLibrary
+from a3_engine.chunks.stand_in import passages_of
 from a3_engine.chunks.store import ChunkStore, StoreOptions
 from a3_engine.chunks.tiers import open_store
 from a3_engine.decoding.sharing import SharedDecoding
@@ -53,6 +55,11 @@ class Runtime:
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property
+    def context_window(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return context_window(self.model)
+
+    @property
     def computing(self) -> Computing:
         """Where the model computes."""
         return self.shared.computing
@@ -66,6 +73,12 @@ class Runtime:
             self.library.catalogue.close()
 
 
+def context_window(model: PreTrainedModel) -> int:
+    """Positions that a model was made for."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 2**31
+
+
 def start(
     name: str,
     model: PreTrainedModel,
@@ -74,6 +87,7 @@ def start(
     own: bool,
     cache_dir: Path,
     encode_prefix: str,
+    stand_in: str | Sequence[str],
     size_limit: int,
     codec: str,
     store: StoreOptions,
@@ -92,7 +106,7 @@ def start(
     """
     if model.device.type == "cpu":
         native.library(model.dtype)  # compiled now where it has to be, not during a request
-    planner = PromptPlanner(tokenizer, encode_prefix)
+    planner = PromptPlanner(tokenizer, encode_prefix, passages_of(stand_in))
     shared = SharedDecoding(model)
     support = shared.computing.run(lambda: examine(model))
     if support.reason is not None:
@@ -123,6 +137,8 @@ def start(
             engine=engine,
             codec=codec,
             prefix_ids=planner.prefix_ids,
+            stand_in_ids=planner.stand_in_ids,
+            room=min(context_window(model), support.rotation.max_tokens or 2**31),
             computing=shared.computing,
         )
         planner.find = library.catalogue.find
@@ -135,6 +151,6 @@ def start(
         store=chunks,
         library=library,
         local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
-        fingerprint=digest(engine, planner.prefix_ids),
+        fingerprint=digest(engine, planner.prefix_ids + planner.stand_in_ids),
         shared=shared,
     )

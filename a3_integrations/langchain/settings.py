@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
@@ -28,6 +29,7 @@ OF_ENGINE = (
     "dtype",
     "trust_remote_code",
     "encode_prefix",
+    "stand_in",
     "size_limit",
     "codec",
 )
@@ -76,6 +78,10 @@ class A3Settings(BaseModel):
     encode_prefix: str = Field(
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
+    )
+    stand_in: str | tuple[str, ...] = Field(
+        default=SHIPPED,
+        description="What they are computed behind as well: shipped, none, or passages of yours.",
     )
     size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
     codec: str = Field(

@@ -31,6 +31,7 @@ from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport, Message
 from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
@@ -46,6 +47,7 @@ OF_ENGINE = (
     "dtype",
     "trust_remote_code",
     "encode_prefix",
+    "stand_in",
     "size_limit",
     "codec",
 )
@@ -100,6 +102,10 @@ class A3LLM(LLM):
     encode_prefix: str = Field(
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
+    )
+    stand_in: str | tuple[str, ...] = Field(
+        default=SHIPPED,
+        description="What they are computed behind as well: shipped, none, or passages of yours.",
     )
     size_limit: int = Field(default=DEFAULT_SIZE_LIMIT, gt=0, description="Bytes of the store.")
     codec: str = Field(

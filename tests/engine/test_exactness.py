@@ -59,13 +59,13 @@ def full_prefill(engine: A3Engine, prompt: Prompt):
         )
 
 
-def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, **options):
+def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(), **options):
     """The model's output for the last segment, over transformers' own cache of the ones before.
 
-    Segment by segment: a chunk runs behind its prefix, both at positions that put the chunk where
-    it stands in the prompt; fresh text runs after all that.
+    Segment by segment: a chunk runs behind prefix and stand-in, all at positions that put the chunk
+    where it stands in the prompt; fresh text runs after all that.
     """
-    prefix = list(engine.runtime.planner.prefix_ids)
+    prefix = [*engine.runtime.planner.prefix_ids, *stand_in]
     past, position = DynamicCache(), 0
     with torch.inference_mode():
         for segment in prompt.segments:
