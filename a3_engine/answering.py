@@ -83,8 +83,10 @@ def assemble(
         )
     selector, rotation, library = method.selector, runtime.support.rotation, runtime.library
     started = time.perf_counter()
-    loaded, used = [], segments_used(library, prompt, selector)
-    first = next((segment for _, segment in prompt.cached if segment.kind == "chunk"), None)
+    kv_at: dict[int, ChunkKV] = {}
+    used = segments_used(library, prompt, selector)
+    head = _head(library, prompt)
+    layout = prompt.layout(library.prefix_ids, reused, len(head.ids) if head else None)
     report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
     for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
@@ -95,7 +97,7 @@ def assemble(
                 report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
             continue
         fetched = library.fetch(segment, used)
-        loaded.append((start, fetched.kv))
+        kv_at[start] = fetched.kv
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
             report.chunks.append(
@@ -108,12 +110,18 @@ def assemble(
     behind: dict[tuple[int, ...], ChunkKV | None] = {(): None}
     if isinstance(selector, SparseSelector):  # the thread that computes must not fetch
         behind |= {one.ids: library.fetch(one, used).kv for one in _behind(library, prompt)}
-    local = partial(_local_queries, runtime, prompt, dict(loaded), behind)
+    local = partial(_local_queries, runtime, prompt, dict(kv_at), behind)
+    if head is not None and layout.chunks and (start := layout.chunks[0].start) in kv_at:
+        fetched, chunk = library.fetch(head, used), kv_at[start]
+        report.encode_s += fetched.seconds
+        kv_at[start] = fetched.kv
+        if (n_exact := len(head.ids)) < chunk.n_tokens:
+            kv_at[start + n_exact] = chunk.tokens(n_exact, chunk.n_tokens)
     compressor = method.compression.start() if method.compression else None
 
     def lay_out() -> FusedCache:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
-        load_chunks(cache, rotation, loaded)
+        load_chunks(cache, rotation, list(kv_at.items()))
         if turn is not None:
             turn.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
@@ -121,7 +129,7 @@ def assemble(
             runtime.model,
             rotation,
             cache,
-            prompt.layout(library.behind(first) if first else (), reused),
+            layout,
             selector,
             prompt.ids,
             local_queries=local,
@@ -140,7 +148,19 @@ def segments_used(library: ChunkLibrary, prompt: Prompt, selector: Selector) -> 
     if isinstance(selector, FullPrefill):
         return []
     used = [segment for _, segment in prompt.cached]
+    if (head := _head(library, prompt)) is not None:
+        used.append(head)
     return used + _behind(library, prompt) if isinstance(selector, SparseSelector) else used
+
+
+def _head(library: ChunkLibrary, prompt: Prompt) -> Segment | None:
+    """The head of the first chunk, where that opens the prompt just behind the encode prefix."""
+    before: list[int] = []
+    for segment in prompt.segments:
+        if segment.kind == "chunk":
+            return library.head(segment) if tuple(before) == library.prefix_ids else None
+        before += segment.ids
+    return None
 
 
 def _behind(library: ChunkLibrary, prompt: Prompt) -> list[Segment]:

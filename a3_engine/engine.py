@@ -224,7 +224,10 @@ class A3Engine:
             library.catalogue.add((chunk.text.strip(), chunk.tag) for chunk in chunks)
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks with this tag from the store; returns how many there were."""
+        """Remove the chunks with this tag from the store; returns how many entries there were.
+
+        Behind a stand-in a chunk has two: itself, and its first tokens as they open a prompt.
+        """
         self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0

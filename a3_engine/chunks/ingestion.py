@@ -44,10 +44,13 @@ def ingest(
                 f"context window is {context_window}. Split it into smaller chunks. It "
                 f"begins with {segment.text[:40]!r}."
             )
-    missing = runtime.library.missing(segments)
+    library = runtime.library
+    heads = [head for segment in segments if (head := library.head(segment)) is not None]
+    missing = library.missing([*segments, *heads])
     quiet = not progress or not missing
     with tqdm(total=len(missing), desc="Computing KV", unit="chunk", disable=quiet) as bar:
-        for _ in runtime.library.store_all(missing):
+        for _ in library.store_all(missing):
             bar.update()
-    runtime.library.catalogue.add((segment.text, segment.tag) for segment in segments)
-    return Precomputed(len(missing), len(segments) - len(missing))
+    library.catalogue.add((segment.text, segment.tag) for segment in segments)
+    computed = sum(segment.kind == "chunk" for segment in missing)
+    return Precomputed(computed, len(segments) - computed)

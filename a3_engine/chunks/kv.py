@@ -27,6 +27,11 @@ class ChunkKV:
     def n_tokens(self) -> int:
         return self.keys.shape[2]
 
+    def tokens(self, start: int, stop: int) -> ChunkKV:
+        """Those from ``start`` to before ``stop``."""
+        part = slice(start, stop)
+        return ChunkKV(self.keys[:, :, part].contiguous(), self.values[:, :, part].contiguous())
+
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes

@@ -26,6 +26,8 @@ from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
 
+HEAD_TOKENS = 64
+
 
 class Fetched(NamedTuple):
     """A chunk's KV, whether the store had it, its stored bytes, and the seconds of computing it."""
@@ -71,7 +73,7 @@ class ChunkLibrary:
     ) -> None:
         self.store = store
         self.catalogue = catalogue
-        self._prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
+        self.prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
         self._decoder, self._rotation = decoder, rotation
@@ -166,10 +168,20 @@ class ChunkLibrary:
 
     def behind(self, segment: Segment) -> tuple[int, ...]:
         """Ids that a segment is computed behind; no stand-in where both would not fit."""
-        if segment.kind != "chunk":
+        if segment.kind == "prefix":
             return ()
         fits = len(self._all_ids) + len(segment.ids) <= self._room
-        return self._all_ids if fits else self._prefix_ids
+        return self._all_ids if fits and segment.kind == "chunk" else self.prefix_ids
+
+    def head(self, chunk: Segment) -> Segment | None:
+        """A chunk's first tokens, computed behind the prefix alone; None where it is itself so.
+
+        A chunk that opens a prompt has no other document before it, and its first tokens feel
+        that most: with its head these are exact.
+        """
+        if self.behind(chunk) == self.prefix_ids:
+            return None
+        return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag)
 
     def _kv_behind(self, segment: Segment) -> ChunkKV | None:
         """KV of what a segment is computed behind; stored as all else, so computed once."""
@@ -200,7 +212,7 @@ class ChunkLibrary:
         self.catalogue.add([(segment.text, segment.tag)])
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks with this tag; returns how many were stored."""
+        """Remove the chunks with this tag and their heads; returns how many entries there were."""
         self.catalogue.forget(tag)
         return len(self.store.evict(tag))
 
@@ -211,5 +223,5 @@ class ChunkLibrary:
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self._codec
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
-        stand_in = self.stand_in if behind == self._all_ids else ""
+        stand_in = self.stand_in if behind != self.prefix_ids and behind else ""
         return Header(key, self._engine, shape, self._dtype, codec, stand_in=stand_in)

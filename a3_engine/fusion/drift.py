@@ -46,7 +46,7 @@ class Drift:
     ----------
     repair : DriftRepair
     layout : Layout
-        Chunk tokens are moved; those marked exact are not, and are no probes either.
+        Chunk tokens are moved; those that are exact are not, and are no probes either.
     rotation : Rotation
         To compare and move keys without position.
     devices : sequence of torch.device
@@ -62,9 +62,7 @@ class Drift:
     ) -> None:
         self._repair = repair
         self._movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
-        for span in layout.chunks:
-            if not span.exact:
-                self._movable[span.start : span.stop] = True
+        self._movable[layout.inexact_positions] = True
         self._tables = rotation.tables_up_to(layout.n_tokens, devices)
         where = self._movable.nonzero()[:, 0].tolist() or [0]
         self._span = slice(where[0], where[-1] + 1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import a3_engine.chunks.library as library_module
-from a3_engine import A3Engine
+from a3_engine import A3Engine, Chunk, Message, Precomputed
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.stand_in import PASSAGES
+from a3_engine.model.caching import OURS, with_cache
 from a3_engine.segments import Segment
 from tests.engine.test_exactness import (
     SHAPES,
@@ -45,8 +46,11 @@ def stored(engine: A3Engine, text: str):
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("shape", ["many chunks", "no prefix"])
-def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape):
-    """All recomputed: the full prefill. None: chunks computed behind prefix and stand-in."""
+def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monkeypatch):
+    """All recomputed: the full prefill. None: chunks computed behind prefix and stand-in, but for
+    the head of the one that opens the prompt.
+    """
+    monkeypatch.setattr(library_module, "HEAD_TOKENS", 6)
     engine = tiny_engine(architecture, stand_in=STAND_IN)
     prompt = build_prompt(engine, SHAPES[shape])
     expected = full_prefill(engine, prompt).logits[0, -1]
@@ -61,6 +65,46 @@ def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape):
     assert torch.equal(fused_logits(engine, prompt, "full_reuse", 0.0), miss)  # now a hit
     again = tiny_engine(architecture, stand_in=STAND_IN)
     assert torch.equal(fused_logits(again, prompt, "full_reuse", 0.0), miss)
+
+
+@pytest.mark.parametrize("head", [6, 64])
+def test_the_head_of_the_chunk_that_opens_a_prompt_is_exact(tiny_engine, monkeypatch, head):
+    """Ingested ahead, never picked, never moved; what stands elsewhere has none."""
+    monkeypatch.setattr(library_module, "HEAD_TOKENS", head)
+    engine = tiny_engine(stand_in=STAND_IN)
+    assert engine.precompute(TEXTS, progress=False).computed == len(TEXTS)
+    assert engine.precompute(TEXTS, progress=False) == Precomputed(0, len(TEXTS))
+    prompt = engine.plan("Who keeps the lamp?", TEXTS)
+    expected = getattr(full_prefill(engine, prompt), OURS).layers
+    _, cache = engine.fuse(prompt, ratio=0.5)
+    with torch.inference_mode():
+        engine.runtime.model(
+            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
+        )
+    first, *others = cache.fusion.layout.chunks
+    n_exact = min(head, first.stop - first.start)
+    assert [span.exact for span in (first, *others)] == [n_exact, 0, 0]
+    opening = slice(first.start, first.start + n_exact)
+    assert not set(range(opening.start, opening.stop)) & set(cache.fusion.selected.tolist())
+    for ours, theirs in zip(cache.layers, expected, strict=True):
+        assert_near = torch.testing.assert_close
+        assert_near(ours.keys[:, :, opening], theirs.keys[:, :, opening], atol=1e-4, rtol=1e-4)
+        assert_near(ours.values[:, :, opening], theirs.values[:, :, opening], atol=1e-4, rtol=1e-4)
+    report = engine.generate(prompt, max_new_tokens=2).report
+    assert (report.hits, report.misses, report.created_tokens) == (3, 0, 0)
+    assert report.encode_s == 0.0
+    system = [Message("system", "Answer."), Message("user", [Chunk(TEXTS[0]), "Who?"])]
+    _, cache = engine.fuse(system)
+    assert [span.exact for span in cache.fusion.layout.chunks] == [0]
+
+
+def test_heads_leave_with_their_documents(tiny_engine):
+    engine = tiny_engine(stand_in=STAND_IN)
+    engine.precompute([Chunk(text, "document") for text in TEXTS], progress=False)
+    engine.generate("Who?", chunks=TEXTS, max_new_tokens=2)
+    assert engine.evict("document") == 2 * len(TEXTS)
+    left = [row.tag for row, _ in engine.runtime.store.entries()]
+    assert len(left) == 2  # the prefix, and the stand-in behind it
 
 
 def test_stores_with_different_stand_ins_never_serve_each_other(tiny_engine, tmp_path):
