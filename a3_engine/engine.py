@@ -26,7 +26,7 @@ from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.selectors import DEFAULT, make_selector
+from a3_engine.fusion.selectors import choose_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.method import Method
 from a3_engine.model.loading import default_cache_dir, load_model
@@ -35,7 +35,7 @@ from a3_engine.report import FusionReport
 from a3_engine.runtime import Runtime, start
 from a3_engine.segments import Prompt
 
-METHOD_OPTIONS = ("selector", "ratio", "compression", "keep")
+METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
 Request = str | Sequence[Message] | Prompt
@@ -56,7 +56,10 @@ class A3Engine:
         The model's name in reports.
     cache_dir : path or None
         Folder for chunks and unpacked models; the user's cache folder by default.
-    selector : str or Selector
+    quality : str or None
+        ``"fast"`` recomputes nothing, ``"balanced"`` is the default, ``"exact"`` an ordinary
+        prefill; in place of selector and ratio.
+    selector : str, Selector or None
         The fusion method; see ``a3_engine.fusion.selectors``.
     ratio : float or None
         Recompute ratio, 0 to 1; the method's own default where None.
@@ -84,7 +87,8 @@ class A3Engine:
         *,
         name: str,
         cache_dir: str | Path | None = None,
-        selector: str | Selector = DEFAULT,
+        quality: str | None = None,
+        selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
@@ -96,7 +100,7 @@ class A3Engine:
     ) -> None:
         self.name = name
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        self.selector = make_selector(selector, ratio)
+        self.selector = choose_selector(selector, ratio, quality)
         self.compression = make_compression(compression, keep)
         passages_of(stand_in)  # a wrong one fails here
         self._source = source
@@ -283,6 +287,7 @@ class A3Engine:
         request: Request,
         *,
         chunks: Sequence[str | Chunk] = (),
+        quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
@@ -295,7 +300,7 @@ class A3Engine:
         ----------
         request, chunks
             See :meth:`plan`.
-        selector, ratio, compression, keep
+        quality, selector, ratio, compression, keep
             Override the engine's method for this request.
         **sampling
             Fields of :class:`~a3_engine.decoding.sampling.Sampling`.
@@ -311,6 +316,7 @@ class A3Engine:
             self._work(
                 request,
                 chunks=chunks,
+                quality=quality,
                 selector=selector,
                 ratio=ratio,
                 compression=compression,
@@ -354,8 +360,9 @@ class A3Engine:
         room : int
             Slots for tokens behind the prompt; the cache grows beyond them where needed.
         **method
-            ``selector``, ``ratio``, ``compression``, ``keep``. A compression is applied by
-            ``cache.compressor.compress(model, cache, first token)`` behind the forward pass.
+            ``quality``, ``selector``, ``ratio``, ``compression``, ``keep``. A compression is
+            applied by ``cache.compressor.compress(model, cache, first token)`` behind the forward
+            pass.
 
         Raises
         ------
@@ -375,13 +382,14 @@ class A3Engine:
 
     def _method(
         self,
+        quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
     ) -> Method:
         return Method(
-            make_selector(self.selector if selector is None else selector, ratio),
+            choose_selector(selector, ratio, quality, self.selector),
             make_compression(self.compression if compression is None else compression, keep),
         )
 

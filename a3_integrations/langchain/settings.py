@@ -17,7 +17,7 @@ from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.chunks.store import DEFAULT_SIZE_LIMIT
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
-from a3_engine.fusion.selectors import make_selector
+from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_integrations.langchain.documents import chunk_of
 
@@ -34,6 +34,7 @@ OF_ENGINE = (
     "codec",
 )
 PER_CALL = (
+    "quality",
     "selector",
     "ratio",
     "compression",
@@ -87,6 +88,9 @@ class A3Settings(BaseModel):
     codec: str = Field(
         default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
     )
+    quality: str | None = Field(
+        default=None, description="fast, balanced or exact, in place of selector and ratio."
+    )
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
     compression: str | None = Field(
@@ -125,8 +129,7 @@ class A3Settings(BaseModel):
 
     @model_validator(mode="after")
     def _a3_engine(self) -> Any:
-        if self.selector is not None:
-            make_selector(self.selector, self.ratio)  # an unknown one fails here
+        choose_selector(self.selector, self.ratio, self.quality)  # an unknown one fails here
         if self.compression is not None:
             make_compression(self.compression, self.keep)
         given = self.engine
@@ -226,7 +229,7 @@ class A3Settings(BaseModel):
                 f"{type(self).__name__} takes no {', '.join(sorted(unknown))} for a call; "
                 f"it takes {', '.join(PER_CALL)}."
             )
-        options = {name: getattr(self, name) for name in PER_CALL} | given
+        options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         options["max_new_tokens"] = options.pop("max_tokens")
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None
