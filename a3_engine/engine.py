@@ -21,6 +21,7 @@ from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.ingestion import Precomputed, ingest
+from a3_engine.chunks.stand_in import SHIPPED, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
@@ -28,7 +29,7 @@ from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.selectors import DEFAULT, make_selector
+from a3_engine.fusion.selectors import choose_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.method import Method
 from a3_engine.model.loading import default_cache_dir, load_model, transformers_model
@@ -37,7 +38,7 @@ from a3_engine.report import FusionReport
 from a3_engine.runtime import Runtime, renewed, start
 from a3_engine.segments import Prompt
 
-METHOD_OPTIONS = ("selector", "ratio", "compression", "keep")
+METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
 Request = str | Sequence[Message] | Prompt
@@ -58,7 +59,10 @@ class A3Engine:
         The model's name in reports.
     cache_dir : path or None
         Folder for chunks and unpacked models; the user's cache folder by default.
-    selector : str or Selector
+    quality : str or None
+        ``"fast"`` recomputes nothing, ``"balanced"`` is the default, ``"exact"`` an ordinary
+        prefill; in place of selector and ratio.
+    selector : str, Selector or None
         The fusion method; see ``a3_engine.fusion.selectors``.
     ratio : float or None
         Recompute ratio, 0 to 1; the method's own default where None.
@@ -69,6 +73,9 @@ class A3Engine:
     encode_prefix : str
         What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
+    stand_in : str or sequence of str
+        What they are computed behind as well, in place of a prompt's other documents:
+        ``"shipped"``, ``"none"`` or passages of your own; see :mod:`a3_engine.chunks.stand_in`.
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
@@ -83,22 +90,26 @@ class A3Engine:
         *,
         name: str,
         cache_dir: str | Path | None = None,
-        selector: str | Selector = DEFAULT,
+        quality: str | None = None,
+        selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
+        stand_in: str | Sequence[str] = SHIPPED,
         size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
     ) -> None:
         self.name = name
         self.cache_dir = _absolute(cache_dir)
-        self.selector = make_selector(selector, ratio)
+        self.selector = choose_selector(selector, ratio, quality)
         self.compression = make_compression(compression, keep)
+        passages_of(stand_in)  # a wrong one fails here
         self._source = source
         self._settings: dict[str, Any] = {
             "encode_prefix": encode_prefix,
+            "stand_in": stand_in,
             "size_limit": size_limit,
             "codec": get_codec(codec).name,
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
@@ -191,12 +202,11 @@ class A3Engine:
     @property
     def context_window(self) -> int:
         """Tokens that the prompt and its answer may have together."""
-        config = self.runtime.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
+        return self.runtime.context_window
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
+        """Identity of what the engine computes: model, tokenizer, dtype, prefix and stand-in."""
         return self.runtime.fingerprint
 
     def identity(self, **options: Any) -> str:
@@ -246,9 +256,11 @@ class A3Engine:
             library.catalogue.try_to_write()
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks that have this tag alone; returns how many were stored.
+        """Remove the chunks that have this tag alone; returns how many entries there were.
 
         A chunk that several documents share has all their tags, and goes with the last of them.
+        Behind a stand-in a chunk has two entries: itself, and its first tokens as they open a
+        prompt.
         """
         self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
@@ -315,6 +327,7 @@ class A3Engine:
         request: Request,
         *,
         chunks: Sequence[str | Chunk] = (),
+        quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
@@ -327,7 +340,7 @@ class A3Engine:
         ----------
         request, chunks
             See :meth:`plan`.
-        selector, ratio, compression, keep
+        quality, selector, ratio, compression, keep
             Override the engine's method for this request.
         **sampling
             Fields of :class:`~a3_engine.decoding.sampling.Sampling`.
@@ -343,6 +356,7 @@ class A3Engine:
             self._work(
                 request,
                 chunks=chunks,
+                quality=quality,
                 selector=selector,
                 ratio=ratio,
                 compression=compression,
@@ -386,8 +400,9 @@ class A3Engine:
         room : int
             Slots for tokens behind the prompt; the cache grows beyond them where needed.
         **method
-            ``selector``, ``ratio``, ``compression``, ``keep``. A compression is applied by
-            ``cache.compressor.compress(model, cache, first token)`` behind the forward pass.
+            ``quality``, ``selector``, ``ratio``, ``compression``, ``keep``. A compression is
+            applied by ``cache.compressor.compress(model, cache, first token)`` behind the forward
+            pass.
 
         Raises
         ------
@@ -407,13 +422,14 @@ class A3Engine:
 
     def _method(
         self,
+        quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
     ) -> Method:
         return Method(
-            make_selector(self.selector if selector is None else selector, ratio),
+            choose_selector(selector, ratio, quality, self.selector),
             make_compression(self.compression if compression is None else compression, keep),
         )
 

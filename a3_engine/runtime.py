@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from a3_engine.chunks.fingerprint import (
 )
 from a3_engine.chunks.kv import token_nbytes
 from a3_engine.chunks.library import ChunkLibrary
+from a3_engine.chunks.stand_in import passages_of
 from a3_engine.chunks.store import StoreOptions
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
 from a3_engine.decoding.seeds import Seeds
@@ -66,6 +68,11 @@ class Runtime:
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
     @property
+    def context_window(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return context_window(self.model)
+
+    @property
     def computing(self) -> Computing:
         """Where the model computes."""
         return self.shared.computing
@@ -87,6 +94,12 @@ class Runtime:
         self.store.close()
 
 
+def context_window(model: PreTrainedModel) -> int:
+    """Positions that a model was made for."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 2**31
+
+
 def start(
     name: str,
     model: PreTrainedModel,
@@ -95,6 +108,7 @@ def start(
     own: bool,
     cache_dir: Path,
     encode_prefix: str,
+    stand_in: str | Sequence[str],
     size_limit: int | None,
     codec: str,
     store: StoreOptions,
@@ -113,7 +127,7 @@ def start(
     """
     if model.device.type == "cpu":
         loops.library(model.dtype)  # compiled now where it has to be, not during a request
-    planner = PromptPlanner(tokenizer, encode_prefix)
+    planner = PromptPlanner(tokenizer, encode_prefix, passages_of(stand_in))
     shared = SharedDecoding(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
     support = shared.computing.run(lambda: examine(model, text))
@@ -141,6 +155,8 @@ def start(
             engine=engine,
             codec=codec,
             prefix_ids=planner.prefix_ids,
+            stand_in_ids=planner.stand_in_ids,
+            room=min(context_window(model), support.rotation.max_tokens or 2**31),
             computing=shared.computing,
         )
         planner.find = library.catalogue.find
@@ -153,7 +169,7 @@ def start(
         store=chunks,
         library=library,
         local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
-        fingerprint=digest(engine, planner.prefix_ids),
+        fingerprint=digest(engine, planner.prefix_ids + planner.stand_in_ids),
         shared=shared,
         watch=Watch(model),  # which holds weights, so that it comes behind packing
         turns=_turns(model),

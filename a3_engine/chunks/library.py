@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from itertools import groupby
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.encoding import batches, encode_chunks
-from a3_engine.chunks.fingerprint import chunk_key
+from a3_engine.chunks.fingerprint import chunk_key, digest
 from a3_engine.chunks.flights import Flights
 from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.kv import ChunkKV, kv_shape
@@ -29,6 +30,7 @@ from a3_engine.segments import Segment
 logger = logging.getLogger(__name__)
 
 READERS = 8  # chunks of a request that are read and checked at once
+HEAD_TOKENS = 64
 
 
 class Fetched(NamedTuple):
@@ -41,7 +43,7 @@ class Fetched(NamedTuple):
 
 
 class ChunkLibrary:
-    """Chunks computed by one model behind one encode prefix.
+    """Chunks computed by one model behind one encode prefix and one stand-in.
 
     Parameters
     ----------
@@ -50,9 +52,11 @@ class ChunkLibrary:
     engine : str
         Fingerprint of model, tokenizer, dtype, codec and rotary parameters.
     codec : str
-        How chunks are stored. The encode prefix is always raw: every chunk is computed behind it.
-    prefix_ids : tuple of int
+        How chunks are stored. What they are computed behind is always raw.
+    prefix_ids, stand_in_ids : tuple of int
         What chunks are computed behind; may be empty.
+    room : int
+        Tokens that the model's positions are good for.
     computing : Computing
         Where the model computes.
     """
@@ -67,11 +71,15 @@ class ChunkLibrary:
         engine: str,
         codec: str,
         prefix_ids: tuple[int, ...],
+        stand_in_ids: tuple[int, ...],
+        room: int,
         computing: Computing,
     ) -> None:
         self.store = store
         self.catalogue = catalogue
-        self.prefix_ids = prefix_ids
+        self.prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
+        self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
+        self._room = room
         self._decoder, self._rotation = decoder, rotation
         self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
         self._engine, self.codec = engine, codec
@@ -95,6 +103,8 @@ class ChunkLibrary:
             engine=engine,
             codec=self.codec,
             prefix_ids=self.prefix_ids,
+            stand_in_ids=self._all_ids[len(self.prefix_ids) :],
+            room=self._room,
             computing=self._computing,
         )
 
@@ -151,12 +161,12 @@ class ChunkLibrary:
             return Fetched(resident, True, header.nbytes, 0.0)
         if (stored := self.store.get(header)) is not None:
             return Fetched(self._near(stored), True, stored.nbytes, 0.0)
-        prefix = self._prefix(segment)
+        behind = self._kv_behind(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(self._near(stored), True, stored.nbytes, 0.0)
             self.mark_used(beside)
-            [payload], started = self._compute([segment], prefix)
+            [payload], started = self._compute([segment], behind)
             try:
                 self.store.put(payload, segment.tag)
             except StoreError as error:
@@ -189,22 +199,30 @@ class ChunkLibrary:
         StoreError
             A segment cannot be written; what was written before it stays.
         """
-        lengths = [len(segment.ids) for segment in segments]
+        together = [
+            batch
+            for _, group in groupby(sorted(segments, key=self.behind), self.behind)
+            for batch in self._batches(list(group))
+        ]
         with ThreadPoolExecutor(1, "a3-store") as writer:
             before: Future[int] | None = None
-            for batch in batches(segments, lengths, self._decoder.device):
+            for batch in together:
                 before, done = self._launch(batch, writer), before
                 if done is not None:
                     yield from [None] * done.result()
             if before is not None:
                 yield from [None] * before.result()
 
+    def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+        lengths = [len(segment.ids) for segment in segments]
+        return batches(segments, lengths, self._decoder.device)
+
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
-        prefix = self._prefix(batch[0])
+        behind = self._kv_behind(batch[0])
         with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
-            payloads = self._compute(missing, prefix)[0] if missing else []
+            payloads = self._compute(missing, behind)[0] if missing else []
             flight = held.pop_all()
 
         def land() -> int:
@@ -215,23 +233,40 @@ class ChunkLibrary:
 
         return writer.submit(land)
 
-    def _prefix(self, segment: Segment) -> ChunkKV | None:
-        """What a segment is computed behind."""
-        if segment.kind != "chunk" or not self.prefix_ids:
+    def behind(self, segment: Segment) -> tuple[int, ...]:
+        """Ids that a segment is computed behind; no stand-in where both would not fit."""
+        if segment.kind == "prefix":
+            return ()
+        fits = len(self._all_ids) + len(segment.ids) <= self._room
+        return self._all_ids if fits and segment.kind == "chunk" else self.prefix_ids
+
+    def head(self, chunk: Segment) -> Segment | None:
+        """A chunk's first tokens, computed behind the prefix alone; None where it is itself so.
+
+        A chunk that opens a prompt has no other document before it, and its first tokens feel
+        that most: with its head these are exact.
+        """
+        if self.behind(chunk) == self.prefix_ids:
             return None
-        prefix = Segment("prefix", self.prefix_ids)
-        kv = self.fetch(prefix).kv
-        self.mark_used([prefix])
+        return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag)
+
+    def _kv_behind(self, segment: Segment) -> ChunkKV | None:
+        """KV of what a segment is computed behind; stored as all else, so computed once."""
+        if not (ids := self.behind(segment)):
+            return None
+        before = Segment("prefix", ids)
+        kv = self.fetch(before).kv
+        self.mark_used([before])
         return kv
 
     def _compute(
-        self, segments: Sequence[Segment], prefix: ChunkKV | None
+        self, segments: Sequence[Segment], behind: ChunkKV | None
     ) -> tuple[list[Payload], float]:
         """The segments' payloads, and when their computation began."""
 
         def encode() -> tuple[list[ChunkKV], float]:
             started, ids = time.perf_counter(), [segment.ids for segment in segments]
-            return encode_chunks(self._decoder, self._rotation, ids, prefix), started
+            return encode_chunks(self._decoder, self._rotation, ids, behind), started
 
         computed, started = self._computing.run(encode)
         return [
@@ -240,7 +275,7 @@ class ChunkLibrary:
         ], started
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks that have this tag alone; returns how many were stored."""
+        """Remove the chunks that have this tag alone, and their heads; returns how many entries."""
         self.catalogue.write()  # what has the tag since a moment ago
         keys = self.store.evict(tag)
         self.resident.discard(keys)
@@ -248,12 +283,13 @@ class ChunkLibrary:
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
-        behind = () if segment.kind == "prefix" else self.prefix_ids
+        behind = self.behind(segment)
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
-        return Header(key, self._engine, shape, self._dtype, codec)
+        stand_in = self.stand_in if behind != self.prefix_ids and behind else ""
+        return Header(key, self._engine, shape, self._dtype, codec, stand_in=stand_in)
 
 
 def _about(segment: Segment) -> str:

@@ -56,7 +56,7 @@ class Reply:
         self._model = model
         self.ids = send(torch.tensor([list(ids)]), input_device(model))
         self._sampling, self._processors = sampling, processors
-        self._generator = torch.Generator(device)
+        self._generator = torch.Generator(self.ids.device)
         if sampling.seed is not None:
             self._generator.manual_seed(sampling.seed)
         self._ends, self._emitter, self._abandoned = ends, emitter, abandoned

@@ -21,9 +21,12 @@ LAYERS_AT_ONCE = 4  # copied together: many small copies would keep the host bus
 
 
 def load_by_kernel(
-    cache: FusedCache, tables: Tables, chunks: Sequence[tuple[int, ChunkKV]]
+    cache: FusedCache,
+    tables: Tables,
+    chunks: Sequence[tuple[int, ChunkKV]],
+    over: Sequence[tuple[int, ChunkKV]],
 ) -> list[ChunkKV] | None:
-    """Lay chunks into a cache on one GPU; None where there is no kernel for that.
+    """Lay chunks into a cache on one GPU, and others over them; None without a kernel for that.
 
     Returns
     -------
@@ -34,9 +37,19 @@ def load_by_kernel(
     kernels = kernels_on(device)
     if kernels is None or others:
         return None
-    arrived, copied = _copied(chunks, device)
-    placed = [(start, kv) for (start, _), kv in zip(chunks, arrived, strict=True)]
-    place = kernels.placing(placed, list(cache.stored()), tables)
+    arrived, copied = _copied([*chunks, *over], device)
+    placed = [(start, kv) for (start, _), kv in zip([*chunks, *over], arrived, strict=True)]
+    layers = list(cache.stored())
+    launches = [
+        kernels.placing(some, layers, tables)
+        for some in (placed[: len(chunks)], placed[len(chunks) :])
+        if some
+    ]
+
+    def place(layers: slice) -> None:
+        for launch in launches:
+            launch(layers)
+
     if not copied:
         place(slice(None))
         return arrived

@@ -47,7 +47,7 @@ class Drift:
     ----------
     repair : DriftRepair
     layout : Layout
-        Chunk tokens are moved; those marked exact are not, and are no probes either.
+        Chunk tokens are moved; those that are exact are not, and are no probes either.
     rotation : Rotation
         To compare and move keys without position.
     devices : sequence of torch.device
@@ -63,11 +63,10 @@ class Drift:
     ) -> None:
         self._repair = repair
         movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
-        for span in layout.chunks:
-            if not span.exact:
-                movable[span.start : span.stop] = True
-        moved = [span for span in layout.chunks if not span.exact]
-        self._span = slice(moved[0].start, moved[-1].stop) if moved else slice(0, 1)
+        inexact = [slice(s.start + s.exact, s.stop) for s in layout.chunks]
+        for span in inexact:
+            movable[span] = True
+        self._span = slice(inexact[0].start, inexact[-1].stop) if inexact else slice(0, 1)
         self._movable = send(movable, devices[0])
         self._share = send(repair.strength * movable[self._span], devices[0])
         self._tables = rotation.tables_up_to(layout.n_tokens, devices)

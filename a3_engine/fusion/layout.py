@@ -15,13 +15,13 @@ from a3_engine.model.rows import send
 class Span:
     """A run of cached tokens: positions ``start`` to ``stop - 1``.
 
-    ``exact`` marks tokens whose cached keys and values equal those of a full prefill, because
-    everything before them is what they were computed behind.
+    The first ``exact`` of them have the keys and values of a full prefill, because everything
+    before them is what they were computed behind.
     """
 
     start: int
     stop: int
-    exact: bool = False
+    exact: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Layout:
     @cached_property
     def inexact_positions(self) -> torch.Tensor:
         """Those of them that context may have moved."""
-        spans = [torch.arange(span.start, span.stop) for span in self.chunks if not span.exact]
+        spans = [torch.arange(span.start + span.exact, span.stop) for span in self.chunks]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
 
     def with_chunk_tokens(self, kept: torch.Tensor) -> torch.Tensor:

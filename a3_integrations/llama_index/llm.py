@@ -31,9 +31,10 @@ from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport, Message
 from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
-from a3_engine.fusion.selectors import make_selector
+from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_integrations.llama_index.responses import chat_response, completion_response, text_of
 
@@ -45,10 +46,12 @@ OF_ENGINE = (
     "dtype",
     "trust_remote_code",
     "encode_prefix",
+    "stand_in",
     "size_limit",
     "codec",
 )
 PER_CALL = (
+    "quality",
     "selector",
     "ratio",
     "compression",
@@ -91,6 +94,9 @@ class A3LLM(LLM):
     device: str | None = Field(default=None, description="CUDA or MPS where there is one, if None.")
     dtype: str | None = Field(default=None, description="bfloat16, float16 or float32.")
     trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
+    quality: str | None = Field(
+        default=None, description="fast, balanced or exact, in place of selector and ratio."
+    )
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
     compression: str | None = Field(
@@ -100,6 +106,10 @@ class A3LLM(LLM):
     encode_prefix: str = Field(
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
+    )
+    stand_in: str | tuple[str, ...] = Field(
+        default=SHIPPED,
+        description="What they are computed behind as well: shipped, none, or passages of yours.",
     )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
@@ -130,8 +140,8 @@ class A3LLM(LLM):
                 f"A3LLM has no field {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(type(self).model_fields)}."
             )
-        if fields.get("selector") is not None:
-            make_selector(fields["selector"], fields.get("ratio"))  # an unknown one fails here
+        # What is unknown fails here.
+        choose_selector(fields.get("selector"), fields.get("ratio"), fields.get("quality"))
         if fields.get("compression") is not None:
             make_compression(fields["compression"], fields.get("keep"))
         if engine is not None:
@@ -261,7 +271,7 @@ class A3LLM(LLM):
                 f"A3LLM takes no {', '.join(sorted(unknown))} for a call; "
                 f"it takes {', '.join(PER_CALL)}."
             )
-        options = {name: getattr(self, name) for name in PER_CALL} | given
+        options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None
         stop = options["stop"] or ()
