@@ -68,7 +68,7 @@ class Drift:
             movable[span] = True
         self._span = slice(inexact[0].start, inexact[-1].stop) if inexact else slice(0, 1)
         self._movable = send(movable, devices[0])
-        self._share = send(repair.strength * movable[self._span], devices[0])
+        self._share = send(repair.strength * movable[self._span].float(), devices[0])
         self._tables = rotation.tables_up_to(layout.n_tokens, devices)
         self._rows: torch.Tensor | None = None
 

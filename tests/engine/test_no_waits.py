@@ -112,7 +112,7 @@ def request(model, selector):
 def test_the_host_never_waits(shapes, architecture, name, ratio):
     model = tiny_model(architecture)
     install(model)
-    install_hooks(model.get_decoder().layers)
+    install_hooks(model)
     options = {"long_tokens": 1} if name == "mend" else {}
     selector = SELECTORS[name](**options)
     cache = request(model, selector if name == "full_reuse" else replace(selector, ratio=ratio))
