@@ -65,7 +65,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """A large square product in the model's dtype, and large copies; the fastest of five."""
     side = SQUARE.get(device.type, LARGE_SQUARE)
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    copy_s, new_copy_s = copy_seconds(COPIED, device)
+    copy_s, new_copy_s = copy_seconds(COPIED, device, device)
     return Rates(
         matmul=2 * side**3 / fastest(lambda: left @ right, device),
         copy=2 * COPIED / copy_s,
@@ -74,11 +74,18 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 @torch.inference_mode()
-def copy_seconds(nbytes: int, device: torch.device) -> tuple[float, float]:
-    """Of a plain copy into memory at hand, and into new memory; the fastest of five each."""
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return fastest(lambda: target.copy_(source), device), fastest(source.clone, device)
+def copy_seconds(nbytes: int, origin: torch.device, device: torch.device) -> tuple[float, float]:
+    """Of a plain copy into memory at hand, and into new memory; the fastest of five each.
+
+    From the host to a GPU it begins in pinned memory.
+    """
+    pinned = origin.type == "cpu" and device.type == "cuda"
+    source = torch.ones(nbytes, dtype=torch.uint8, device=origin, pin_memory=pinned)
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return (
+        fastest(lambda: target.copy_(source), device),
+        fastest(lambda: torch.empty_like(target).copy_(source), device),
+    )
 
 
 @torch.inference_mode()

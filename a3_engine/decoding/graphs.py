@@ -82,6 +82,9 @@ class GraphedSteps:
             logger.warning("Decoding goes on without CUDA graphs, whose logits differ.")
             self._usable = False
             self.settle()
+            for cache in caches:
+                cache.crop(-1)
+            return self._plain(tokens, caches)
         return expected
 
     def _plain(self, tokens: Sequence[int], caches: Sequence[Cache]) -> torch.Tensor:

@@ -41,7 +41,7 @@ def load_by_kernel(
     placed = [(start, kv) for (start, _), kv in zip([*chunks, *over], arrived, strict=True)]
     layers = list(cache.stored())
     launches = [
-        kernels.placing(some, layers, tables)
+        kernels.placer(some, layers, tables)
         for some in (placed[: len(chunks)], placed[len(chunks) :])
         if some
     ]

@@ -117,7 +117,7 @@ def placing_and_repair(bench: Bench) -> None:
     cache = [(_states(KV_HEADS, tokens), _states(KV_HEADS, tokens)) for _ in range(layers)]
     rotation = Rotation(torch.rand(layers, HEAD_DIM // 2))
     tables = rotation.tables_up_to(tokens, [DEVICE] * layers)
-    place = kernels.placing(chunks, cache, tables)
+    place = kernels.placer(chunks, cache, tables)
     took = on_device(lambda: place(slice(None)))
     nbytes = 2 * sum(kv.nbytes for _, kv in chunks)
     bench.say("placing", us=took, GB_s=nbytes / took / 1e3)

@@ -114,7 +114,7 @@ def test_placing_copies_and_turns(dtype, head_dim, half):
     cache = [tuple(torch.zeros(2, 2, kv_heads, room, head_dim).to(dtype)) for _ in range(layers)]
     rotation = Rotation(torch.rand(layers, half))
     tables = rotation.tables(torch.arange(room))
-    place = kernels().placing(chunks, cache, tables)
+    place = kernels().placer(chunks, cache, tables)
     place(slice(0, 2))
     assert not cache[2][0].any()
     place(slice(2, 3))

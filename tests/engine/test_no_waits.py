@@ -49,7 +49,7 @@ class Shapes:
         return query.transpose(1, 2).contiguous()
 
     @staticmethod
-    def placing(chunks, layers, tables):
+    def placer(chunks, layers, tables):
         assert {one.device for pair in [*layers, *tables] for one in pair} == {GPU}
         return lambda some: None
 

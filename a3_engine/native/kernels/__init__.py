@@ -6,7 +6,7 @@ Lengths are run-time values: a new one compiles nothing.
 """
 
 from a3_engine.native.kernels.attention import attend
-from a3_engine.native.kernels.placing import append, placing
+from a3_engine.native.kernels.placing import append, placer
 from a3_engine.native.kernels.shifting import shift
 
-__all__ = ["append", "attend", "placing", "shift"]
+__all__ = ["append", "attend", "placer", "shift"]

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from a3_engine.model.rows import send
-from a3_engine.native.kernels.launching import LOG2_E, on, processors
+from a3_engine.native.kernels.launching import LOG2_E, compiled, on, processors
 
-LEAST_KEYS = 256  # of a part, where the keys of few rows are cut
+LEAST_KEYS, MOST_PARTS = 256, 64  # of a part and of a row, where the keys of few rows are cut
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _scored(
     return acc, total * shrink + tl.sum(p, 1), new
 
 
-@triton.jit
+@compiled
 def _attend(
     query, keys, values, table, firsts, lasts, shared, counts, output, sums, totals, tops,
     rows, heads, n_parts, scale, cap,
@@ -135,7 +135,7 @@ def _attend(
         tl.store(output + at[:, None] * D + d[None, :], acc.to(q.dtype), mask=stored)
 
 
-@triton.jit
+@compiled
 def _join(
     output, sums, totals, tops, outputs, n_parts,
     D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
@@ -159,9 +159,10 @@ def _join(
 def _tile(group: int, rows: int, head_dim: int, width: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and stages, for heads of a size in bytes of a value."""
     bytes_a_row = triton.next_power_of_2(head_dim) * width
-    few = triton.next_power_of_2(max(16, group * rows))
     most = 128 if bytes_a_row <= 256 else 64 if bytes_a_row <= 512 else 32
-    m = max(min(few, most), triton.next_power_of_2(group))
+    # Few sizes, since each is compiled.
+    m = next((size for size in (16, 64) if group * rows <= size), 128)
+    m = max(min(m, most), triton.next_power_of_2(group))
     n = 64 if bytes_a_row <= 512 else 32
     return m, n, 8 if m >= 128 else 4, 3 if bytes_a_row <= 256 else 2
 
@@ -201,7 +202,7 @@ def attend(
     most = max(1, max(key.shape[2] for key in keys) // LEAST_KEYS)
     parts = 1
     if programs < processors(query.device):
-        parts = min(most, triton.cdiv(2 * processors(query.device), programs), 64)
+        parts = min(most, triton.cdiv(2 * processors(query.device), programs), MOST_PARTS)
     counts = first
     if shared is not None:
         counts = torch.searchsorted(shared, first)
@@ -232,7 +233,7 @@ def attend(
         if parts > 1:
             _join[(sequences * rows * heads,)](
                 output, sums, totals, tops, rows * heads, parts,
-                D=head_dim, DP=padded, PARTS=triton.next_power_of_2(parts),
+                D=head_dim, DP=padded, PARTS=MOST_PARTS,
             )  # fmt: skip
     return output
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from a3_engine.chunks.kv import ChunkKV
 from a3_engine.model.rows import send
-from a3_engine.native.kernels.launching import on
+from a3_engine.native.kernels.launching import compiled, on
 
 Chunks = Sequence[tuple[int, ChunkKV]]
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -53,7 +53,7 @@ def append(
         )  # fmt: skip
 
 
-@triton.jit
+@compiled
 def _place(
     info, layers, tables, first_layer, kv_heads, dst_head, dst_prompt,
     HALF: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
@@ -103,7 +103,7 @@ def _place(
     tl.store(dst_keys + target[:, None] + d[None, :], k, mask=rest)
 
 
-def placing(
+def placer(
     chunks: Chunks, layers: Layers, tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> Callable[[slice], None]:
     """What copies chunks into some layers of a cache and turns their keys, in fp32, on the way.
@@ -127,8 +127,9 @@ def placing(
         for number in (kv.keys.data_ptr(), kv.values.data_ptr(), kv.n_tokens, at, start + at)
     ]
     pointers = [one.data_ptr() for pairs in (layers, tables) for pair in pairs for one in pair]
-    sent = send(torch.tensor(blocks + pointers), device)
-    info, to, turns = torch.split(sent, [len(blocks), 2 * n_layers, 2 * n_layers])
+    # The blocks come last, since Triton would compile anew for another alignment of the others.
+    sent = send(torch.tensor(pointers + blocks), device)
+    to, turns, info = torch.split(sent, [2 * n_layers, 2 * n_layers, len(blocks)])
 
     def place(some: slice) -> None:
         first, stop, _ = some.indices(n_layers)

@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_engine.native.kernels.launching import LOG2_E, on
+from a3_engine.native.kernels.launching import LOG2_E, compiled, on
 
 SHIFTED_TOKENS = 64  # that one program moves
 
 
-@triton.jit
+@compiled
 def _moves(
     keys, values, new_keys, new_values, rows, which, cosines, sines,
     probes, key_moves, value_moves,
@@ -49,7 +49,7 @@ def _moves(
     tl.store(key_moves + into + d[None, :], moved.to(dtype), mask=rest)
 
 
-@triton.jit
+@compiled
 def _shift(
     keys, values, share, probes, key_moves, value_moves, count, cosines, sines,
     tokens, start, kv_head, kv_heads, n_probes, sharpness,
