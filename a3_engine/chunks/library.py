@@ -226,9 +226,10 @@ class ChunkLibrary:
             flight = held.pop_all()
 
         def land() -> int:
+            at_once = map if self._readers is None else self._readers.map
+            tags = [segment.tag for segment in missing]
             with flight:
-                for payload, segment in zip(payloads, missing, strict=True):
-                    self.store.put(payload, segment.tag)
+                list(at_once(self.store.put, payloads, tags))
             return len(batch)
 
         return writer.submit(land)

@@ -190,7 +190,10 @@ class GraphedSteps:
 
 
 def _close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether two ways of one step differ by no more than rounding does."""
-    bound = 1e-3 if ours.dtype == torch.float32 else 8e-2
-    difference = (ours.float() - reference.float()).abs().max()
-    return bool(difference <= bound * reference.abs().max())
+    """Whether two ways of one step differ by no more than rounding does.
+
+    A step that reads or writes in the wrong place is off by more than the logits' own length; eight
+    billion random weights in bf16 make a tenth of it of another order of sums.
+    """
+    bound = 1e-2 if ours.dtype == torch.float32 else 0.25
+    return bool((ours.float() - reference.float()).norm() <= bound * reference.float().norm())

@@ -180,7 +180,7 @@ def engine_of(model: Any, **options: Any) -> A3Engine:
     folder = tempfile.mkdtemp(dir=SHM)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     engine = A3Engine.from_pretrained(
-        model, tiny_tokenizer(), cache_dir=folder, size_limit=2**36, **options
+        model, tiny_tokenizer(), cache_dir=folder, size_limit=2**36, stand_in="none", **options
     )
     model.generation_config.eos_token_id = NO_END
     return engine

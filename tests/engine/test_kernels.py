@@ -65,7 +65,8 @@ def assert_close(ours, reference, dtype):
 
 @pytest.mark.parametrize("kind", ["all", "window", "softcap", "near"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "rows", "head_dim"), [(8, 2, 5, 16), (9, 3, 70, 64), (6, 6, 40, 24)]
+    ("heads", "kv_heads", "rows", "head_dim"),
+    [(8, 2, 5, 16), (9, 3, 70, 64), (6, 6, 40, 24), (4, 1, 3, 8)],
 )
 def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, kind):
     torch.manual_seed(0)

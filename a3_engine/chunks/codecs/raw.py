@@ -18,7 +18,14 @@ class Raw:
         return {"keys": Spec(shape, dtype), "values": Spec(shape, dtype)}
 
     def encode(self, kv: ChunkKV) -> Tensors:
-        return {"keys": kv.keys.cpu().contiguous(), "values": kv.values.cpu().contiguous()}
+        return {"keys": _to_host(kv.keys), "values": _to_host(kv.values)}
 
     def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
         return ChunkKV(tensors["keys"], tensors["values"])
+
+
+def _to_host(states: torch.Tensor) -> torch.Tensor:
+    """From a GPU into pinned memory, which is several times faster."""
+    if states.device.type != "cuda":
+        return states.cpu().contiguous()
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states)

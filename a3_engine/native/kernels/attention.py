@@ -216,7 +216,7 @@ def attend(
             )
             for size in (head_dim, 1, 1)
         )
-    padded = triton.next_power_of_2(head_dim)
+    padded = max(16, triton.next_power_of_2(head_dim))  # which products want at least
     # A scale in powers of 2, but where scores are bent first.
     scale = scaling if softcap is not None else scaling * LOG2_E
     with on(query.device):

@@ -131,7 +131,8 @@ def placer(
     sent = send(torch.tensor(pointers + blocks), device)
     to, turns, info = torch.split(sent, [2 * n_layers, 2 * n_layers, len(blocks)])
 
-    def place(some: slice) -> None:
+    def place(some: slice, alive: object = (chunks, layers, tables)) -> None:
+        # By addresses alone nobody would keep alive what they point to.
         first, stop, _ = some.indices(n_layers)
         with on(device):
             _place[len(blocks) // 5, (stop - first) * kv_heads, keys.shape[0]](
