@@ -61,7 +61,7 @@ def load_chunks(
     stop = max(start + kv.n_tokens for start, kv in chunks)
     tables = rotation.tables_up_to(stop, cache.devices)
     stored = list(cache.stored())
-    if native.places(chunks, stored):
+    if not rotation.adjacent and native.places(chunks, stored):
         for prompt in range(len(stored[0][0])):
             native.place(
                 chunks, [(keys[prompt], values[prompt]) for keys, values in stored], tables
