@@ -27,6 +27,18 @@ from a3_engine.tools import Tool, spelled_out
 __all__ = ["Chunk", "Message", "PromptPlanner"]
 
 PLACEHOLDER = "a3placeholder{}end"
+# Some templates write today's date, and chunks computed behind it would be others every night. With
+# this ahead of a template, it is always the same day.
+DAY = {"d": "01", "-d": "1", "e": "1", "j": "001", "m": "01", "-m": "1", "b": "Jan", "B": "January"}
+DAY |= {"Y": "2025", "y": "25", "a": "Wed", "A": "Wednesday", "H": "12", "I": "12", "p": "PM"}
+DAY |= {"M": "00", "S": "00", "F": "2025-01-01"}
+ANY_DAY = "".join(
+    [
+        "{%- macro strftime_now(format) -%}{{- format",
+        *(f" | replace('%{directive}', '{value}')" for directive, value in DAY.items()),
+        " -}}{%- endmacro %}\n",
+    ]
+)
 REMEMBERED_CHUNKS = 256  # their ids, some kilobytes each; the same documents are asked again
 PROBE: Tool = {
     "type": "function",
@@ -51,8 +63,8 @@ class PromptPlanner:
         With or without a chat template.
     encode_prefix : str
         What chunks are computed behind: ``"template"`` (what the chat template puts before the
-        first user text; BOS where there is no template), ``"bos"``, ``"none"``, or any other text,
-        in which control tokens count.
+        first user text, always on the same day; BOS where there is no template), ``"bos"``,
+        ``"none"``, or any other text, in which control tokens count.
     find : callable
         Finds known chunks in plain text; see :class:`~a3_engine.chunks.catalogue.Catalogue`.
     """
@@ -177,10 +189,16 @@ class PromptPlanner:
             return self._with_bos(self.tokenize_template(encode_prefix))
         if not self.tokenizer.chat_template:
             return self._bos
-        head = self._pieces([Message("user", "x")])[0]
+        template = ANY_DAY + self.tokenizer.get_chat_template()
+        head = self._pieces([Message("user", "x")], template=template)[0]
         return self._with_bos(self.tokenize_template(head) if isinstance(head, str) else ())
 
-    def _render(self, conversation: list[dict[str, Any]], tools: Sequence[Tool] = ()) -> str:
+    def _render(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: Sequence[Tool] = (),
+        template: str | None = None,
+    ) -> str:
         continued = conversation[-1]["role"] == "assistant"
         rendered = self.tokenizer.apply_chat_template(
             conversation,
@@ -188,6 +206,7 @@ class PromptPlanner:
             tokenize=False,
             add_generation_prompt=not continued,
             continue_final_message=continued,
+            chat_template=template,
         )
         assert isinstance(rendered, str)
         return rendered
@@ -206,7 +225,9 @@ class PromptPlanner:
         messages = spelled_out(messages, tools)
         return messages, self._pieces(messages)
 
-    def _pieces(self, messages: list[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
+    def _pieces(
+        self, messages: list[Message], tools: Sequence[Tool] = (), template: str | None = None
+    ) -> list[Piece]:
         """Template text, and contents with the index of their message, in the order they stand."""
         if not self.tokenizer.chat_template:
             plain: list[Piece] = []
@@ -219,14 +240,14 @@ class PromptPlanner:
             mark = "" if silent else PLACEHOLDER.format(index)
             conversation.append(message.in_template(mark))
         try:
-            return self._cut(messages, self._render(conversation, tools))
+            return self._cut(messages, self._render(conversation, tools, template))
         except (TemplateError, ValueError) as error:
             if tools or any(message.tool_calls for message in messages):
                 raise ValueError(f"The chat template refuses these tools: {error}") from error
             strict = _for_strict_templates(conversation)
             if strict == conversation:
                 raise ValueError(f"The chat template refuses this conversation: {error}") from error
-            return self._cut(messages, self._render(strict))
+            return self._cut(messages, self._render(strict, template=template))
 
     def _cut(self, messages: list[Message], text: str) -> list[Piece]:
         """Cut a rendered conversation at the marks that stand for its contents."""
