@@ -27,6 +27,19 @@ from a3_engine.tools import Tool, spelled_out
 __all__ = ["Chunk", "Message", "PromptPlanner"]
 
 PLACEHOLDER = "a3placeholder{}end"
+JOINT = "\n"  # stands ahead of what is tokenized as the inside of a prompt, and is cut off again
+# Some templates write today's date, and chunks computed behind it would be others every night. With
+# this ahead of a template, it is always the same day.
+DAY = {"d": "01", "-d": "1", "e": "1", "j": "001", "m": "01", "-m": "1", "b": "Jan", "B": "January"}
+DAY |= {"Y": "2025", "y": "25", "a": "Wed", "A": "Wednesday", "H": "12", "I": "12", "p": "PM"}
+DAY |= {"M": "00", "S": "00", "F": "2025-01-01"}
+ANY_DAY = "".join(
+    [
+        "{%- macro strftime_now(format) -%}{{- format",
+        *(f" | replace('%{directive}', '{value}')" for directive, value in DAY.items()),
+        " -}}{%- endmacro %}\n",
+    ]
+)
 REMEMBERED_CHUNKS = 256  # their ids, some kilobytes each; the same documents are asked again
 PROBE: Tool = {
     "type": "function",
@@ -51,8 +64,8 @@ class PromptPlanner:
         With or without a chat template.
     encode_prefix : str
         What chunks are computed behind: ``"template"`` (what the chat template puts before the
-        first user text; BOS where there is no template), ``"bos"``, ``"none"``, or any other text,
-        in which control tokens count.
+        first user text, always on the same day; BOS where there is no template), ``"bos"``,
+        ``"none"``, or any other text, in which control tokens count.
     stand_in : sequence of str
         Passages that chunks are computed behind as well, joined as documents in a prompt are.
     find : callable
@@ -70,6 +83,7 @@ class PromptPlanner:
         self.find = find
         self._lock = _lock_of(tokenizer)
         self._remembered_ids = lru_cache(REMEMBERED_CHUNKS)(self.tokenize_text)
+        self._joint = self._blank_ahead()
         self._bos = self._leading_ids()
         self._trims = self._knows_tools = False
         if tokenizer.chat_template:
@@ -112,11 +126,16 @@ class PromptPlanner:
         )
         segments: list[Segment] = []
         question_from = 0
-        for piece in pieces:
+        lent = ""
+        for place, piece in enumerate(pieces):
             if isinstance(piece, str):
-                self._append_fresh(segments, self.tokenize_template(piece))
+                lent = self._lent(piece, pieces[place + 1 :])
+                ids = self.tokenize_template(piece.removesuffix(lent), begins=not place)
+                self._append_fresh(segments, ids)
                 continue
             index, parts = piece
+            if lent:
+                parts, lent = [f"{lent}{parts[0]}", *parts[1:]], ""
             first = len(segments)
             behind_chunks = first
             cut = self._matched(parts, asks=index == last_user) if match else parts
@@ -125,7 +144,7 @@ class PromptPlanner:
                     self._append_chunk(segments, part)
                     behind_chunks = len(segments)
                 else:
-                    self._append_fresh(segments, self.tokenize_text(part))
+                    self._append_fresh(segments, self.tokenize_text(part, begins=not segments))
             if index == last_user:
                 # The turn's own words behind its chunks; all its words where none follow.
                 asks = isinstance(cut[-1], str) and cut[-1].strip()
@@ -141,7 +160,7 @@ class PromptPlanner:
             if isinstance(part, Chunk):
                 self._append_chunk(segments, part)
             else:
-                self._append_fresh(segments, self.tokenize_template(part))
+                self._append_fresh(segments, self.tokenize_template(part, begins=not segments))
         last_chunk = max((i for i, s in enumerate(segments) if s.kind == "chunk"), default=-1)
         return self._finish(segments, last_chunk + 1)
 
@@ -156,17 +175,47 @@ class PromptPlanner:
             self._append_chunk(found, chunk if isinstance(chunk, Chunk) else Chunk(chunk))
         return found
 
-    def tokenize_text(self, text: str) -> tuple[int, ...]:
-        """Ids of text in which control tokens are only characters."""
-        with self._lock:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return tuple(encoded.input_ids)
+    def tokenize_text(self, text: str, begins: bool = False) -> tuple[int, ...]:
+        """Ids of text in which control tokens are only characters; it may begin the prompt."""
+        return self._tokenize(text, begins, split_special_tokens=True)
 
-    def tokenize_template(self, text: str) -> tuple[int, ...]:
-        """Ids of template text, in which control tokens count."""
+    def tokenize_template(self, text: str, begins: bool = True) -> tuple[int, ...]:
+        """Ids of template text, in which control tokens count; it may begin the prompt."""
+        return self._tokenize(text, begins, split_special_tokens=False)
+
+    def _tokenize(self, text: str, begins: bool, **options: bool) -> tuple[int, ...]:
+        """SentencePiece puts a blank ahead of each text, which only a prompt's beginning has."""
+        joint = () if begins else self._joint
         with self._lock:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)
-        return tuple(encoded.input_ids)
+            encoded = self.tokenizer(
+                JOINT * bool(joint) + text, add_special_tokens=False, **options
+            )
+        ids = tuple(encoded.input_ids)
+        if ids[: len(joint)] == joint:
+            return ids[len(joint) :]
+        return self._tokenize(text, True, **options)  # the joint became one token with the text
+
+    def _blank_ahead(self) -> tuple[int, ...]:
+        """Ids of `JOINT` where the tokenizer puts a blank ahead of what stands alone."""
+        with self._lock:
+            joint, alone, joined = (
+                tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+                for text in (JOINT, "a", JOINT + "a")
+            )
+        adds = joined[: len(joint)] == joint and joined[len(joint) :] != alone
+        return joint if adds else ()
+
+    def _lent(self, piece: str, behind: Sequence[Piece]) -> str:
+        """The blank of template text that SentencePiece makes one token with the word behind it.
+
+        It stays where it is ahead of a chunk, whose tokens are its own wherever it stands.
+        """
+        parts = behind[0][1] if behind and not isinstance(behind[0], str) else []
+        text = parts[0] if parts else None
+        if not self._joint or not piece.endswith(" ") or not isinstance(text, str) or not text:
+            return ""
+        known = self.find(text) if self.find is not None else []
+        return "" if known and known[0][0] == 0 else " "
 
     def _leading_ids(self) -> tuple[int, ...]:
         """What the tokenizer itself puts before any text: BOS, or nothing."""
@@ -191,10 +240,16 @@ class PromptPlanner:
             return self._with_bos(self.tokenize_template(encode_prefix))
         if not self.tokenizer.chat_template:
             return self._bos
-        head = self._pieces([Message("user", "x")])[0]
+        template = ANY_DAY + self.tokenizer.get_chat_template()
+        head = self._pieces([Message("user", "x")], template=template)[0]
         return self._with_bos(self.tokenize_template(head) if isinstance(head, str) else ())
 
-    def _render(self, conversation: list[dict[str, Any]], tools: Sequence[Tool] = ()) -> str:
+    def _render(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: Sequence[Tool] = (),
+        template: str | None = None,
+    ) -> str:
         continued = conversation[-1]["role"] == "assistant"
         rendered = self.tokenizer.apply_chat_template(
             conversation,
@@ -202,6 +257,7 @@ class PromptPlanner:
             tokenize=False,
             add_generation_prompt=not continued,
             continue_final_message=continued,
+            chat_template=template,
         )
         assert isinstance(rendered, str)
         return rendered
@@ -220,7 +276,9 @@ class PromptPlanner:
         messages = spelled_out(messages, tools)
         return messages, self._pieces(messages)
 
-    def _pieces(self, messages: list[Message], tools: Sequence[Tool] = ()) -> list[Piece]:
+    def _pieces(
+        self, messages: list[Message], tools: Sequence[Tool] = (), template: str | None = None
+    ) -> list[Piece]:
         """Template text, and contents with the index of their message, in the order they stand."""
         if not self.tokenizer.chat_template:
             plain: list[Piece] = []
@@ -233,14 +291,14 @@ class PromptPlanner:
             mark = "" if silent else PLACEHOLDER.format(index)
             conversation.append(message.in_template(mark))
         try:
-            return self._cut(messages, self._render(conversation, tools))
+            return self._cut(messages, self._render(conversation, tools, template))
         except (TemplateError, ValueError) as error:
             if tools or any(message.tool_calls for message in messages):
                 raise ValueError(f"The chat template refuses these tools: {error}") from error
             strict = _for_strict_templates(conversation)
             if strict == conversation:
                 raise ValueError(f"The chat template refuses this conversation: {error}") from error
-            return self._cut(messages, self._render(strict))
+            return self._cut(messages, self._render(strict, template=template))
 
     def _cut(self, messages: list[Message], text: str) -> list[Piece]:
         """Cut a rendered conversation at the marks that stand for its contents."""

@@ -209,5 +209,6 @@ def _identity(
         weights = "unknown"
         reason = support.reason or f"its weights cannot be read: {shortened(error)}"
         support = replace(support, rotation=None, reason=reason)
-    rotation = support.rotation.inv_freq.tolist() if support.rotation else None
-    return digest(weights, tokenizer_fingerprint(tokenizer), codec, rotation), support
+    rotation = support.rotation
+    turning = (rotation.inv_freq.tolist(), rotation.adjacent) if rotation else None
+    return digest(weights, tokenizer_fingerprint(tokenizer), codec, turning), support

@@ -8,9 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -102,6 +104,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
         attention_multiplier=0.2,
     ),
     "olmo2": Olmo2Config(**DERIVED),
+    "granite-swa": GraniteSWAConfig(**DERIVED, sliding_window=WINDOW, attention_multiplier=0.2),
+    "cohere2": Cohere2Config(
+        **SHAPE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
 }
 
 
@@ -117,6 +123,8 @@ def tiny_model(
         for name, weight in model.named_parameters():
             if weight.dim() > 1 and "embed" not in name:
                 weight.mul_(6.0)
+            elif name.endswith("sinks"):
+                weight.normal_(1.0)
     return model.eval()
 
 

@@ -43,7 +43,12 @@ class Addresses(Addressed):
         kernels.append(keys, values, self.table, self.grown)
 
     def attend(
-        self, query: torch.Tensor, scaling: float, window: int | None, softcap: float | None
+        self,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the newest tokens, ``(requests, 1, heads, head_dim)``."""
         kernels = kernels_on(query.device)
@@ -53,7 +58,7 @@ class Addresses(Addressed):
         shape = (1, self.kv_heads, UNBOUNDED, query.shape[-1])
         keys = [torch.empty(1, dtype=query.dtype, device=query.device).expand(shape)]
         return kernels.attend(
-            query, keys, keys, first, last, scaling, softcap=softcap, table=self.table
+            query, keys, keys, first, last, scaling, softcap=softcap, sinks=sinks, table=self.table
         )
 
 

@@ -98,7 +98,8 @@ class Drift:
         rows = send(rows, device)
         # It moves on with the layers' device.
         share = self._share = send(self._share, device)
-        if (kernels := kernels_on(device)) is not None:
+        kernels = kernels_on(device)
+        if kernels is not None and self._tables[index][0].dim() == 2:  # it turns halves
             kernels.shift(
                 keys,
                 values,

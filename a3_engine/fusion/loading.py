@@ -71,10 +71,12 @@ def load_chunks(
         return []
     stop = max(start + kv.n_tokens for start, kv in chunks)
     tables = rotation.tables_up_to(stop, cache.devices)
-    if (arrived := load_by_kernel(cache, tables, chunks, over)) is not None:
-        return arrived
+    if not rotation.adjacent:  # the loops and kernels turn halves
+        arrived = load_by_kernel(cache, tables, chunks, over)
+        if arrived is not None:
+            return arrived
     stored = list(cache.stored())
-    if loops.places([*chunks, *over], stored):
+    if not rotation.adjacent and loops.places([*chunks, *over], stored):
         for prompt in range(len(stored[0][0])):
             layers = [(keys[prompt], values[prompt]) for keys, values in stored]
             for some in (chunks, over):

@@ -113,6 +113,7 @@ def attend_rows(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """Attention of scattered rows over the cache; each sees what `rows` says, and nothing else.
@@ -125,8 +126,9 @@ def attend_rows(
         Shape ``(prompts, kv_heads, tokens, head_dim)``.
     rows : Rows
         Where the rows and the keys stand, in all prompts alike.
-    scaling, sliding_window, softcap
-        As the model passes them to its attention function.
+    scaling, sliding_window, softcap, s_aux
+        As the model passes them to its attention function. ``s_aux`` are attention sinks: of each
+        head one more score, whose weight goes nowhere.
 
     Returns
     -------
@@ -140,8 +142,11 @@ def attend_rows(
     if native.attends(query, keys, values, softcap):
         first, last = rows.seen(sliding_window, query.device)
         shared = send(rows.near.shared, query.device) if rows.near is not None else None
-        return native.attend(query, keys, values, first, last, scaling, shared, softcap)
-    attend = _attention_for(query, rows.scratch, softcap)
+        return native.attend(query, keys, values, first, last, scaling, shared, softcap, s_aux)
+    sinks = (
+        None if s_aux is None else s_aux.view(1, key.shape[1], -1, 1).expand(len(key), -1, -1, 1)
+    )
+    attend = _attention_for(query, rows.scratch, softcap, sinks)
     output = torch.empty_like(query)
     for block in rows.blocks(sliding_window, query):
         attend(
@@ -164,6 +169,7 @@ def attend_ragged(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """Attention of the newest token of each request over its own cache.
@@ -182,34 +188,41 @@ def attend_ragged(
     """
     refuse_unknown(others)
     if isinstance(keys, Addressed):
-        return keys.attend(query, scaling, sliding_window, softcap)
+        return keys.attend(query, scaling, sliding_window, softcap, s_aux)
     n_requests, heads, head_dim = query.shape[0], query.shape[1], query.shape[3]
     kv_heads = keys[0].shape[1]
     if native.attends(query, keys, values, softcap):
         last = torch.tensor([[key.shape[2]] for key in keys])
         first = (last - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(last)
         first, last = send(first, query.device), send(last, query.device)
-        return native.attend(query, keys, values, first, last, scaling, softcap=softcap)
+        return native.attend(
+            query, keys, values, first, last, scaling, softcap=softcap, sinks=s_aux
+        )
     # Heads that share keys stand as rows: a kernel for single heads may copy the keys for each.
     grouped = query.reshape(n_requests, kv_heads, heads // kv_heads, head_dim)
     output = torch.empty_like(grouped)
+    sinks = None if s_aux is None else s_aux.view(1, kv_heads, 1, -1)
     for place, (key, value) in enumerate(zip(keys, values, strict=True)):
         one, into = grouped[place : place + 1], output[place : place + 1]
         if sliding_window:
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
         few = key.shape[2] <= FUSED_KEYS
-        attend = _attention_for(one, ragged.scratch, softcap, few)
+        attend = _attention_for(one, ragged.scratch, softcap, sinks, few)
         attend(one, key, value, None, scaling, into)
     return output.view(n_requests, 1, heads, head_dim)
 
 
 def _attention_for(
-    query: torch.Tensor, scratch: Scratch, softcap: float | None, few: bool = False
+    query: torch.Tensor,
+    scratch: Scratch,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    few: bool = False,
 ) -> Callable[..., None]:
     """What attends a block of these queries quickest, into its last argument."""
-    if softcap is None and (few or not _multiplies_faster(query)):
+    if softcap is None and sinks is None and (few or not _multiplies_faster(query)):
         return _attend_fused
-    return partial(_attend_plain, scratch=scratch, softcap=softcap)
+    return partial(_attend_plain, scratch=scratch, softcap=softcap, sinks=sinks)
 
 
 def _multiplies_faster(query: torch.Tensor) -> bool:
@@ -255,8 +268,12 @@ def _attend_plain(
     *,
     scratch: Scratch,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> None:
-    """Grouped matrix products; also for softcapped scores (Gemma 2), which no fused kernel has."""
+    """Grouped matrix products; also for softcaps and sinks, which no fused kernel has.
+
+    ``sinks`` are ``(prompts, kv_heads, heads of one, rows)``, the last of which may be one.
+    """
     (n_prompts, heads, n_rows, head_dim), n_keys = query.shape, key.shape[2]
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
     kv_heads = len(keys)  # of all prompts
@@ -278,8 +295,12 @@ def _attend_plain(
             scores.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
             by_row[..., n_keys - mask.shape[1] :] += mask
+        if sinks is not None:  # what they leave to the keys
+            left = torch.sigmoid(by_row.float().logsumexp(-1) - sinks.flatten(0, 1)[some].float())
         torch.softmax(scores, dim=-1, out=scores)  # computes in fp32 whatever the dtype
         multiply(scores, values[some], grouped[some])
+        if sinks is not None:
+            grouped[some] *= left.flatten(1)[..., None]
     output.copy_(grouped.view(output.shape))
 
 

@@ -32,10 +32,14 @@ class Rotation:
         row of zeros: turning by nothing.
     max_tokens : int or None
         Longest prompt for which these frequencies hold (longrope changes them beyond it).
+    adjacent : bool
+        Whether the two components of a pair lie side by side, as in GLM-4, or half of the turned
+        components apart, as in Llama.
     """
 
     inv_freq: torch.Tensor
     max_tokens: int | None = None
+    adjacent: bool = False
     _last: list[Tables] = field(default_factory=list, repr=False, compare=False)
 
     def tables_up_to(self, n_tokens: int, devices: Sequence[torch.device]) -> Tables:
@@ -63,7 +67,8 @@ class Rotation:
 
         Returns
         -------
-        list of (cos, sin), each fp32 of shape ``(tokens, rotary_dim / 2)``
+        list of (cos, sin), each fp32 of shape ``(tokens, rotary_dim / 2)``, or
+        ``(tokens, rotary_dim / 2, 1)`` for adjacent pairs
         """
         shared: dict[tuple[bytes, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         tables = []
@@ -74,6 +79,7 @@ class Rotation:
                 # The same expression as in transformers' rotary modules, so that the rounding of
                 # the angle is the same and cancels.
                 angles = send(positions, home)[:, None].float() * send(row, home)
+                angles = angles[..., None] if self.adjacent else angles
                 shared[identity] = (angles.cos(), angles.sin())
             tables.append(shared[identity])
         return tables
@@ -94,26 +100,38 @@ def rotate_(
     keys : torch.Tensor
         Shape ``(..., tokens, head_dim)``; components beyond ``rotary_dim`` stay as they are.
     cos, sin : torch.Tensor
-        One layer's pair from :meth:`Rotation.tables`.
+        One layer's pair from :meth:`Rotation.tables`; its shape says where pairs lie.
     inverse : bool
         Turn back to position 0 instead of away from it.
     compute : torch.dtype
         Precision of the arithmetic; keys themselves need fp32.
     """
+    adjacent = cos.dim() == 3
+    if adjacent:
+        cos, sin = cos[..., 0], sin[..., 0]
     half = cos.shape[-1]
     cos, sin = cos.to(compute), (-sin if inverse else sin).to(compute)
     states = keys[..., : 2 * half].to(compute)
-    first, second = states[..., :half], states[..., half:]
     turned = torch.empty_like(states)
-    torch.mul(first, cos, out=turned[..., :half])
-    torch.mul(second, cos, out=turned[..., half:])
-    turned[..., :half].addcmul_(second, sin, value=-1)
-    turned[..., half:].addcmul_(first, sin)
+    first, second = _halves(states, adjacent)
+    turned_first, turned_second = _halves(turned, adjacent)
+    torch.mul(first, cos, out=turned_first)
+    torch.mul(second, cos, out=turned_second)
+    turned_first.addcmul_(second, sin, value=-1)
+    turned_second.addcmul_(first, sin)
     keys[..., : 2 * half] = turned
 
 
+def _halves(states: torch.Tensor, adjacent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second components of all pairs, as views."""
+    if adjacent:
+        return states[..., 0::2], states[..., 1::2]
+    half = states.shape[-1] // 2
+    return states[..., :half], states[..., half:]
+
+
 def read_rotation(decoder: PreTrainedModel) -> Rotation:
-    """Read a decoder's rotary parameters.
+    """Read a decoder's rotary frequencies; how its layers turn by them, the gate finds out.
 
     Raises
     ------
@@ -126,8 +144,7 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
             "the model has no rotary position embedding (ALiBi, learned or no positions)"
         )
     config = decoder.config
-    layers = list(decoder.layers)
-    layer_types = getattr(config, "layer_types", None) or [None] * len(layers)
+    layer_types = getattr(config, "layer_types", None) or [None] * len(decoder.layers)
     parameters = config.rope_parameters or {}
     per_type = {
         kind: parameters[kind]
@@ -136,7 +153,7 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
     }
 
     rows, max_tokens = [], None
-    for layer, kind in zip(layers, layer_types, strict=True):
+    for kind in layer_types:
         rope = per_type.get(kind, parameters)
         rope_type = rope.get("rope_type", "default")
         if rope_type == "dynamic":
@@ -148,8 +165,7 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
                 config, "original_max_position_embeddings", None
             )
         row = _inv_freq(rotary, kind if per_type else None)
-        uses_rope = getattr(layer.self_attn, "use_rope", True)
-        rows.append(row if uses_rope else torch.zeros_like(row))
+        rows.append(row)
     if len({row.shape for row in rows}) > 1:
         raise UnsupportedModelError("its layers rotate different numbers of components")
     return Rotation(torch.stack(rows), max_tokens)

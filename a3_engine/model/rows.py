@@ -79,7 +79,12 @@ class Addressed(ABC):
 
     @abstractmethod
     def attend(
-        self, query: torch.Tensor, scaling: float, window: int | None, softcap: float | None
+        self,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of the newest token of each request, ``(requests, 1, heads, head_dim)``."""
 

@@ -9,7 +9,7 @@ requests at once. What "equal" allows is the model's own rounding; see `probe.py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -25,22 +25,58 @@ from a3_engine.fusion.selectors.base import Selector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.model.attention import has_window
 from a3_engine.model.devices import input_device
-from a3_engine.model.probe import Outcome, Probe, log_probs
+from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
 # Model types proven by this project's tests; others pass the gate with a warning.
 TESTED = frozenset(
     {
+        "afmoe",
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "dots1",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "exaone_moe",
+        "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt_oss",
         "granite",
+        "granite_swa",
+        "granitemoe",
+        "granitemoe_swa",
+        "helium",
         "llama",
+        "minimax_m2",
+        "ministral",
         "mistral",
+        "mixtral",
+        "nanochat",
+        "nemotron",
         "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
         "phi3",
+        "phimoe",
         "qwen2",
+        "qwen2_5_vl_text",
+        "qwen2_moe",
         "qwen3",
+        "qwen3_moe",
+        "seed_oss",
         "smollm3",
+        "stablelm",
+        "starcoder2",
+        "vaultgemma",
     }
 )
 # Lengths of the two prompts that are tried. The longer one goes beyond a sliding window, where that
@@ -80,7 +116,7 @@ def examine(model: PreTrainedModel, text: Sequence[int]) -> Support:
         decoder = find_decoder(model)
         rotation = read_rotation(decoder)
         install_hooks(model)
-        _self_check(model, rotation, text)
+        rotation = _self_check(model, rotation, text)
     except UnsupportedModelError as error:
         return Support(None, str(error), tested)
     except Exception as error:  # whatever goes wrong, the gate stays closed
@@ -121,7 +157,7 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int]) -> None:
+def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int]) -> Rotation:
     if model.dtype not in DTYPES:
         raise UnsupportedModelError(f"it computes in {model.dtype}")
     device = input_device(model)
@@ -136,7 +172,7 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
                 if expected
                 else f"its layer {index} has a sliding window that its configuration does not name"
             )
-    _check_moved(probe, rotation, torch.arange(SHORT))
+    rotation = _turning(probe, rotation, torch.arange(SHORT))
     caches = [
         _check_pass(probe, A3(ratio=0.3), SHORT),
         _check_pass(probe, FullReuse(), long),
@@ -150,6 +186,7 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
         Outcome((), log_probs(torch.stack(behind, 1).flatten(0, 1))),
         torch.cat([SHORT + steps, long + steps]),
     )
+    return rotation
 
 
 def _long(model: PreTrainedModel, device: torch.device) -> int:
@@ -164,18 +201,39 @@ def _tail(n_tokens: int) -> torch.Tensor:
     return torch.arange(n_tokens - min(TAIL, n_tokens // 3), n_tokens)
 
 
-def _check_moved(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> None:
-    """Keys turned by a shift of all positions are those of a text that stands there."""
+def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
+    """How the layers turn keys by their frequencies; turned so, a text's are those elsewhere.
+
+    A layer may turn them forwards, backwards (nanochat), or not at all; all of them take pairs of
+    components that are adjacent, or half of the turned components apart.
+    """
     far = probe.ordinary(rows, start=SHIFT)
-    turned = rotation.tables(torch.tensor([SHIFT]))
-    moved = []
-    for (keys, values), (cos, sin) in zip(probe.reference.states, turned, strict=True):
-        keys = keys.clone()
-        rotate_(keys, cos.to(keys.device), sin.to(keys.device))
-        moved.append((keys, values))
+    best: tuple[float, Rotation, list[torch.Tensor]] | None = None
+    for adjacent in (False, True):
+        moved, signs, total = [], [], 0.0
+        tables = replace(rotation, adjacent=adjacent).tables(torch.tensor([SHIFT]))
+        for (keys, _), (there, _), (cos, sin) in zip(
+            probe.reference.states, far.states, tables, strict=True
+        ):
+            cos, sin = cos.to(keys.device), sin.to(keys.device)
+            turned = {sign: keys.clone() for sign in (1, 0, -1)}
+            rotate_(turned[1], cos, sin)
+            rotate_(turned[-1], cos, sin, inverse=True)
+            apart = {sign: distance(each, there, rows) for sign, each in turned.items()}
+            sign = min(apart, key=apart.__getitem__)
+            moved.append(turned[sign])
+            signs.append(sign)
+            total += apart[sign]
+        if best is None or total < best[0]:
+            inv_freq = rotation.inv_freq * torch.tensor(signs)[:, None]
+            best = total, Rotation(inv_freq, rotation.max_tokens, adjacent), moved
+    assert best is not None
+    _, fitted, moved = best
+    values = (values for _, values in probe.reference.states)
     at = torch.searchsorted(probe.rows, rows)
-    here = Outcome(moved, probe.reference.log_probs[at])
+    here = Outcome(list(zip(moved, values, strict=True)), probe.reference.log_probs[at])
     probe.check("moved to another position", here, rows, far)
+    return fitted
 
 
 def _check_pass(probe: Probe, selector: Selector, n_tokens: int) -> FusedCache:

@@ -71,8 +71,9 @@ def attend(
     scaling: float,
     shared: torch.Tensor | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the rows of several sequences; see :func:`loops.attend`."""
     if (kernels := kernels_on(query.device)) is not None:
-        return kernels.attend(query, keys, values, first, last, scaling, shared, softcap)
-    return loops.attend(query, keys, values, first, last, scaling, shared)
+        return kernels.attend(query, keys, values, first, last, scaling, shared, softcap, sinks)
+    return loops.attend(query, keys, values, first, last, scaling, shared, sinks)

@@ -130,6 +130,7 @@ void by_groups(long columns, Use use) {
 // ---- softmax ----
 
 constexpr float kHidden = -INFINITY;
+constexpr float kLog2E = 1.44269504088896340736f;
 
 // A row's scores count relative to the highest that it has seen, give or take eight powers of 2:
 // its sums are hardly ever scaled then.
@@ -175,6 +176,7 @@ void weigh(float* scores, element* weights, long first, long last, float scale, 
 // first, last    [sequences][rows]: a row sees the keys from first to before last, at least one
 // shared_...     where n_shared > 0, keys and values [kv_heads][n_shared][dim] of each sequence,
 //                gathered; of these a row sees the first counts[sequence][row] too
+// sinks          of each head a score whose weight goes nowhere; may be null
 // block          rows that a task takes, with all heads that share its keys
 // splits         parts that a task's keys are cut into, where there are few tasks
 // parts          room for all tasks' sums: group * min(block, rows) * (dim + 17) for each part
@@ -183,14 +185,14 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
                           const long* stride, const int64_t* first, const int64_t* last,
                           const element* const* shared_keys, const element* const* shared_values,
                           const int64_t* counts, long n_shared, long sequences, long heads,
-                          long kv_heads, long rows, long dim, float scaling, long block,
-                          long splits, long threads, float* parts, element* output,
+                          long kv_heads, long rows, long dim, float scaling,
+                          const float* sinks, long block, long splits, long threads, float* parts, element* output,
                           const long* output_strides) {
   using namespace a3;
   const long group = heads / kv_heads, blocks = (rows + block - 1) / block;
   const long most = group * std::min(block, rows), wholes = sequences * kv_heads * blocks;
   const long part = most * (dim + 16 + 1);  // sums, totals and highest scores of a part
-  const float scale = scaling * 1.44269504088896340736f;  // powers of 2 instead of e
+  const float scale = scaling * kLog2E;  // powers of 2 instead of e
 
   struct Whole {
     long sequence, head, row, count;
@@ -300,8 +302,11 @@ extern "C" void a3_attend(const element* query, const long* query_strides,
       for (long i = 0; i < group * whole.count; ++i) {
         const float *const totals = sums + most * dim + i * 16,
                     *const highest = sums + most * (dim + 16) + i;
-        float top = kHidden, total = 0;
+        const float sink =
+            sinks ? sinks[whole.head * group + i / whole.count] * kLog2E / scale : kHidden;
+        float top = sink;
         for (long s = 0; s < splits; ++s) top = std::max(top, highest[s * part]);
+        float total = std::exp2((sink - top) * scale);
         for (long s = 0; s < splits; ++s)
           total += _mm512_reduce_add_ps(_mm512_loadu_ps(totals + s * part)) *
                    std::exp2((highest[s * part] - top) * scale);

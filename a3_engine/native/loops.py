@@ -48,6 +48,7 @@ def attend(
     last: torch.Tensor,
     scaling: float,
     shared: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the rows of several sequences, each over its own sequence's keys.
 
@@ -64,6 +65,8 @@ def attend(
         Of the scores.
     shared : torch.Tensor or None
         Sorted int64 indices of keys that every row sees too, where they stand before its ``first``.
+    sinks : torch.Tensor or None
+        A score of each head, whose weight goes nowhere; ``(heads,)``.
 
     Returns
     -------
@@ -91,6 +94,7 @@ def attend(
     # Sums, sixteen parts of the total and the highest score of every row of every part.
     part = heads // kv_heads * min(BLOCK_ROWS, rows) * (head_dim + 16 + 1)
     parts = torch.empty(tasks * splits * part, dtype=torch.float32)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
     _run(
         "a3_attend",
         query.dtype,
@@ -107,6 +111,7 @@ def attend(
         0 if shared is None else len(shared),
         *(sequences, heads, kv_heads, rows, head_dim),
         ctypes.c_float(scaling),
+        _Pointer() if sinks is None else sinks,
         *(BLOCK_ROWS, splits, threads),
         parts,
         output,

@@ -173,11 +173,6 @@ def heads_grouped_in_turn(patch: Patch) -> None:
 # What may be wrong about turning keys.
 
 
-@breaks("llama")
-def keys_turned_backwards(patch: Patch) -> None:
-    rotation(patch, torch.neg)
-
-
 @breaks("llama-llama3")
 def keys_turned_a_little_too_far(patch: Patch) -> None:
     rotation(patch, lambda frequencies: frequencies * 1.01)
@@ -198,19 +193,9 @@ def frequencies_of_the_other_layers(patch: Patch) -> None:
     rotation(patch, lambda frequencies: frequencies.roll(1, 0))
 
 
-@breaks("smollm3")
-def layers_without_position_turned(patch: Patch) -> None:
-    rotation(patch, lambda frequencies: frequencies.max(0).values.expand_as(frequencies))
-
-
 @breaks("llama-yarn")
 def the_rotation_not_scaled_by_yarn(patch: Patch) -> None:
     rotation(patch, lambda frequencies: 10000.0 ** -(torch.arange(8) / 8).expand(4, 8))
-
-
-@breaks("llama")
-def keys_not_turned(patch: Patch) -> None:
-    rotation(patch, torch.zeros_like)
 
 
 # What the pass may get wrong.

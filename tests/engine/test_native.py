@@ -29,12 +29,14 @@ def dtype(request):
     return request.param
 
 
-def reference(query, key, value, sees, scaling):
-    """Attention in fp64; ``sees`` is ``(rows, keys)``."""
+def reference(query, key, value, sees, scaling, sinks=None):
+    """Attention in fp64; ``sees`` is ``(rows, keys)``, ``sinks`` ``(heads,)``."""
     group = query.shape[0] // key.shape[0]
     key, value = (states.double().repeat_interleave(group, 0) for states in (key, value))
     scores = (query.double() @ key.transpose(1, 2) * scaling).masked_fill(~sees, float("-inf"))
-    return scores.softmax(-1) @ value
+    sink = torch.full((len(scores),), float("-inf")) if sinks is None else sinks
+    one_more = sink.double()[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, one_more], dim=-1).softmax(-1)[..., :-1] @ value
 
 
 def buffer(dtype, kv_heads, tokens, head_dim, spare):
@@ -42,6 +44,7 @@ def buffer(dtype, kv_heads, tokens, head_dim, spare):
     return torch.randn(1, kv_heads, tokens + spare, head_dim).to(dtype)[:, :, :tokens]
 
 
+@pytest.mark.parametrize("sink", [None, -3.0, 8.0, 300.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rows", "head_dim", "tokens"),
@@ -54,7 +57,7 @@ def buffer(dtype, kv_heads, tokens, head_dim, spare):
         (3, 1, 1, 48, 129),
     ],
 )
-def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, tokens, window):
+def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, tokens, window, sink):
     torch.manual_seed(0)
     query = torch.randn(2, rows, heads, head_dim).to(dtype).transpose(1, 2)
     keys, values = (
@@ -64,13 +67,14 @@ def test_rows_see_what_they_may(dtype, heads, kv_heads, rows, head_dim, tokens, 
     last = at + 1
     first = (last - window).clamp(min=0) if window else torch.zeros_like(last)
     assert native.attends(query, keys, values)
-    output = native.attend(query, keys, values, first[None], last[None], 0.2)
+    sinks = None if sink is None else sink + torch.randn(heads).to(dtype)
+    output = native.attend(query, keys, values, first[None], last[None], 0.2, sinks=sinks)
     where = torch.arange(tokens)
     sees = (where < last[:, None]) & (where >= first[:, None])
     for place in range(2):
-        expected = reference(query[place], keys[place][0], values[place][0], sees, 0.2)
+        expected = reference(query[place], keys[place][0], values[place][0], sees, 0.2, sinks)
         got = output[place].transpose(0, 1).double()
-        assert (got - expected).norm() <= ROUNDING[dtype] * expected.norm()
+        assert (got - expected).norm() <= ROUNDING[dtype] * expected.norm() + 1e-9
 
 
 @pytest.mark.parametrize("rows", [1, 90])

@@ -94,7 +94,7 @@ def test_a_model_that_is_refused_answers_as_before(dtype: torch.dtype, tmp_path:
 def test_a_type_that_nobody_has_tested_stays_as_it_is(dtype: torch.dtype, tmp_path: Path):
     """transformers' own code of some models looks at weights of linear layers."""
     folder = tmp_path / "model"
-    build("starcoder2").to(dtype).save_pretrained(folder)
+    build("jais2").to(dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     engine = A3Engine.from_pretrained(folder, cache_dir=tmp_path, dtype=dtype, device="cpu")
     assert engine.unsupported_reason is None

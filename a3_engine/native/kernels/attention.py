@@ -43,10 +43,11 @@ def _scored(
 
 @compiled
 def _attend(
-    query, keys, values, table, firsts, lasts, shared, counts, output, sums, totals, tops,
+    query, keys, values, table, firsts, lasts, shared, counts, sinks, output, sums, totals, tops,
     rows, heads, n_parts, scale, cap,
     q_seq, q_head, q_row, kv_head, kv_row, seen_seq,
-    TABLED: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr,
+    TABLED: tl.constexpr, SHARED: tl.constexpr, SINKS: tl.constexpr,
+    CAPPED: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +81,10 @@ def _attend(
     last = tl.load(lasts + seq * seen_seq + row, mask=real, other=0).to(tl.int32)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    if SINKS:  # a score that takes its share and gives nothing, counted once
+        if part == 0:
+            score = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
+            top, total = score * 1.4426950408889634, total + 1.0
     acc = tl.zeros([M, DP], tl.float32)
     n = tl.arange(0, N)
     if SHARED:  # noqa: SIM102 - it is known when this is compiled, and the part is not
@@ -176,6 +181,7 @@ def attend(
     scaling: float,
     shared: torch.Tensor | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the rows of several sequences; see :func:`a3_engine.native.loops.attend`.
@@ -186,6 +192,8 @@ def attend(
     ----------
     softcap : float or None
         Scores are bent to stay below it (Gemma 2).
+    sinks : torch.Tensor or None
+        A score of each head, whose weight goes nowhere; ``(heads,)``.
     table : torch.Tensor or None
         int64, ``(sequences, 4)``: the addresses of each sequence's keys and values, the step from
         head to head, and a number that is not looked at, where they are known by now. ``keys``
@@ -222,11 +230,12 @@ def attend(
     with on(query.device):
         _attend[triton.cdiv(rows, m // group), kv_heads, sequences * parts](
             query, keys[0], values[0], first if table is None else table, first, last,
-            first if shared is None else shared, counts, output, sums, totals, tops,
+            first if shared is None else shared, counts, query if sinks is None else sinks, output, sums, totals, tops,
             rows, heads, parts, scale, softcap or 1.0,
             query.stride(0), query.stride(1), query.stride(2),
             keys[0].stride(1), head_dim, rows if first.shape[0] > 1 else 0,
-            TABLED=table is not None, SHARED=shared is not None, CAPPED=softcap is not None,
+            TABLED=table is not None, SHARED=shared is not None, SINKS=sinks is not None,
+            CAPPED=softcap is not None,
             SPLIT=parts > 1, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             G=group, M=m, N=n, D=head_dim, DP=padded, num_warps=warps, num_stages=stages,
         )  # fmt: skip
