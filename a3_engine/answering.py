@@ -27,6 +27,7 @@ from a3_engine.fusion.selectors.base import Selector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.turns import Turn
 from a3_engine.method import Method
+from a3_engine.model.attention import install
 from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Prompt, Segment
@@ -204,6 +205,8 @@ def answer(
     # Without a config no layer becomes a sliding one, which would drop tokens outside its window.
     cache: Cache | None = DynamicCache() if keeps else None
     try:
+        if runtime.support.rotation is not None:
+            install(runtime.model)  # its owner may have chosen another attention since
         if report.fused or turn is not None:
             with one_request():
                 cache = assemble(runtime, prompt, method, room, report, abandoned, turn, reused)

@@ -7,7 +7,6 @@ text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache 
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -25,13 +24,20 @@ from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
-from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
+from a3_engine.decoding.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.method import Method
-from a3_engine.model.loading import default_cache_dir, load_model
+from a3_engine.model.computing import undisturbed
+from a3_engine.model.loading import (
+    default_cache_dir,
+    known_context_window,
+    known_to_chat,
+    load_model,
+)
+from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
 from a3_engine.runtime import Runtime, start
@@ -105,7 +111,7 @@ class A3Engine:
         }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
-        self._starting = threading.Lock()
+        self._starting = Lock()
 
     @classmethod
     def from_pretrained(
@@ -189,6 +195,20 @@ class A3Engine:
         return getattr(config, "max_position_embeddings", None) or 2**31
 
     @property
+    def outline(self) -> tuple[int, bool]:
+        """The context window, and whether there is a chat template.
+
+        Read from the model's files where it is not loaded yet, if they are on this machine.
+        """
+        if self._runtime is None and self._recipe is not None:
+            name, folder = str(self._recipe["model"]), self._recipe["cache_dir"]
+            window = known_context_window(name, folder)
+            chats = known_to_chat(name, folder)
+            if window is not None and chats is not None:
+                return window, chats
+        return self.context_window, bool(self.runtime.tokenizer.chat_template)
+
+    @property
     def fingerprint(self) -> str:
         """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
         return self.runtime.fingerprint
@@ -228,7 +248,9 @@ class A3Engine:
             A chunk cannot be written. Those before it are stored.
         """
         _refuse_bare_text(chunks)
-        return ingest(self.runtime, chunks, self.context_window, progress)
+        runtime, window = self.runtime, self.context_window
+        with undisturbed():
+            return ingest(runtime, chunks, window, progress)
 
     def remember(self, chunks: Iterable[Chunk]) -> None:
         """Serve these chunks from the cache wherever their text stands in a prompt.
@@ -423,9 +445,12 @@ class A3Engine:
         if settings.temperature > 0 and settings.seed is None:
             settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
-        return lambda emit, abandoned: answer(
-            runtime, prompt, method, settings, started, plan_s, emit, abandoned
-        )
+
+        def work(emit: Emit, abandoned: Callable[[], bool]) -> FusionReport:
+            with undisturbed():
+                return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
+
+        return work
 
 
 def _absolute(cache_dir: str | Path | None) -> Path:

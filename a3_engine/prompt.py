@@ -9,7 +9,6 @@ say is always tokenized as text. Every segment is tokenized by itself, in every 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from a3_engine.chunks.catalogue import Match
 from a3_engine.messages import Chunk, Message
+from a3_engine.processes import Lock
 from a3_engine.segments import Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
 
@@ -38,8 +38,8 @@ PROBE: Tool = {
 }
 Piece = str | tuple[int, list[str | Chunk]]
 
-_locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
+_locks: WeakKeyDictionary[PreTrainedTokenizerBase, Lock] = WeakKeyDictionary()
+_locks_lock = Lock()
 
 
 class PromptPlanner:
@@ -303,10 +303,10 @@ class PromptPlanner:
         return Prompt(tuple(segments), min(question_from + added, len(segments) - 1))
 
 
-def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
+def _lock_of(tokenizer: PreTrainedTokenizerBase) -> Lock:
     """Fast tokenizers keep the handling of special tokens as state, which engines may share."""
     with _locks_lock:
-        return _locks.setdefault(tokenizer, threading.Lock())
+        return _locks.setdefault(tokenizer, Lock(around_foreign=True))
 
 
 def _with_its_question(cut: list[str | Chunk]) -> list[str | Chunk]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from a3_engine.chunks.patience import one_request
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.index import Note
 from a3_engine.errors import StoreError
+from a3_engine.processes import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Catalogue:
 
     def __init__(self, store: DiskStore, engine: str) -> None:
         self._engine, self._store = engine, store
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._seen, self._forgotten = 0, (0, 0)
         self._lengths: dict[str, set[int]] = {}  # by head
         self._tails: set[str] = set()

@@ -16,7 +16,7 @@ from a3_engine.chunks.archive import export_chunks, import_chunks
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.chunks.doctor import examine
 from a3_engine.chunks.payload import DamagedPayload, read_header
-from a3_engine.chunks.store import StoreOptions
+from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.engine import A3Engine
 from a3_engine.errors import UnsupportedModelError
@@ -178,6 +178,11 @@ def run_import(options: argparse.Namespace) -> int:
     for reason in refused:
         print(f"refused {reason}")
     print(f"{count} chunks taken over, {len(refused)} refused.")
+    if StoreOptions().secret is None and count:
+        print(
+            "They are unsigned: whoever made the archive decided what they hold. "
+            f"Set {SECRET_VARIABLE} on both machines to take over your own only."
+        )
     return 1 if refused else 0
 
 

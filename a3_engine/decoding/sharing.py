@@ -15,6 +15,7 @@ from a3_engine.decoding.reply import Reply
 from a3_engine.fusion.batch import step
 from a3_engine.fusion.fuse import arguments
 from a3_engine.model.computing import Computing
+from a3_engine.processes import make_anew_in_child
 
 
 class SharedDecoding:
@@ -38,6 +39,10 @@ class SharedDecoding:
         self._device = model.get_input_embeddings().weight.device
         self.computing = Computing.on(self._device)
         self.settings = model.generation_config
+        self._renew()
+        make_anew_in_child(self._renew)
+
+    def _renew(self) -> None:
         self._meeting = threading.Condition()
         self._replies: list[Reply] = []
         self._led = False

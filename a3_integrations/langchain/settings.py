@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakValueDictionary
 
 from langchain_core.documents import Document
 from langchain_core.runnables.config import run_in_executor
@@ -17,6 +15,7 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.shared import is_shared, shared_engine
 from a3_integrations.langchain.documents import chunk_of
 
 # What decides about model and store; the other settings are the request's.
@@ -48,9 +47,6 @@ PER_CALL = (
 ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
 # Settings of hosted models that chains and tests pass to any model; they say nothing here.
 HOSTED = {"api_key", "base_url", "max_retries", "timeout", "stream_usage"}
-
-_engines: WeakValueDictionary[tuple[Any, ...], A3Engine] = WeakValueDictionary()
-_engines_lock = threading.Lock()
 
 
 class A3Settings(BaseModel):
@@ -127,7 +123,7 @@ class A3Settings(BaseModel):
         if self.compression is not None:
             make_compression(self.compression, self.keep)
         given = self.engine
-        if given is None or given is _engines.get(self._recipe()):
+        if given is None or is_shared(given, **self._recipe()):
             self.engine = self._shared()
             return self
         fields = type(self).model_fields
@@ -178,14 +174,14 @@ class A3Settings(BaseModel):
         return True
 
     def to_json(self) -> Any:
-        if self.engine is _engines.get(self._recipe()):
+        if is_shared(self.engine, **self._recipe()):
             return super().to_json()  # type: ignore[misc]
         return self.to_json_not_implemented()  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[Any, Any]:
         """Settings travel; an engine made from them is made, or found, anew."""
         state = super().__getstate__()
-        if self.engine is _engines.get(self._recipe()):
+        if is_shared(self.engine, **self._recipe()):
             state["__dict__"] = state["__dict__"] | {"engine": None}
         return state
 
@@ -198,18 +194,12 @@ class A3Settings(BaseModel):
         """A copy that shares the engine."""
         return super().__deepcopy__((memo or {}) | {id(self.engine): self.engine})
 
-    def _recipe(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in OF_ENGINE)
+    def _recipe(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OF_ENGINE}
 
     def _shared(self) -> A3Engine:
         """The engine for these settings; one for all objects that have the same."""
-        with _engines_lock:
-            engine = _engines.get(self._recipe())
-            if engine is None:
-                settings = {name: getattr(self, name) for name in OF_ENGINE}
-                engine = A3Engine.from_pretrained(settings.pop("model"), **settings)
-                _engines[self._recipe()] = engine
-            return engine
+        return shared_engine(**self._recipe())
 
     @property
     def _identifying_params(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.shared import shared_engine
 from a3_integrations.llama_index.responses import chat_response, completion_response, text_of
 
 # Names that callers of other LLMs use for our settings.
@@ -144,8 +145,8 @@ class A3LLM(LLM):
                 )
             model = engine.name
         super().__init__(model=model or DEMO_MODEL, **fields)
-        self._engine = engine or A3Engine.from_pretrained(
-            self.model, **{name: getattr(self, name) for name in OF_ENGINE}
+        self._engine = engine or shared_engine(
+            **{name: getattr(self, name) for name in ("model", *OF_ENGINE)}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -178,10 +179,11 @@ class A3LLM(LLM):
 
     @property
     def metadata(self) -> LLMMetadata:
+        window, chats = self._engine.outline
         return LLMMetadata(
-            context_window=self._engine.context_window,
+            context_window=window,
             num_output=self.max_new_tokens,
-            is_chat_model=bool(self._engine.runtime.tokenizer.chat_template),
+            is_chat_model=chats,
             model_name=self._engine.name,
         )
 
