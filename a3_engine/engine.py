@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.messages import clean
 from a3_engine.method import Method
 from a3_engine.model.computing import undisturbed
 from a3_engine.model.loading import (
@@ -266,6 +267,9 @@ class A3Engine:
 
         A chunk that several documents share has all their tags, and goes with the last of them.
         """
+        if not isinstance(tag, str):
+            raise TypeError(f"A tag is a text, not {type(tag).__name__}.")
+        tag = clean(tag)
         self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0
@@ -302,19 +306,28 @@ class A3Engine:
         ValueError
             The request is empty, or chunks came with something that is not a question.
         """
-        if isinstance(request, Prompt):
-            return request
         _refuse_bare_text(chunks)
+        if isinstance(request, Prompt):
+            if chunks:
+                raise ValueError("The prompt is planned already: give its chunks to plan().")
+            return request
         if isinstance(request, str):
             if not request.strip():
                 raise ValueError("The question is empty.")
             content: list[str | Chunk] = []
             for chunk in chunks:
-                content += [chunk if isinstance(chunk, Chunk) else Chunk(chunk), "\n\n"]
+                content += [Chunk.read(chunk), "\n\n"]
             return self.runtime.planner.plan([Message("user", [*content, request])])
         if chunks:
             raise ValueError("Put the chunks into the messages' content, or give a plain question.")
-        return self.runtime.planner.plan(request)
+        if isinstance(request, Message | Mapping):
+            request = [Message.read(request)]
+        if not isinstance(request, Iterable):
+            raise TypeError(
+                "A request is a question, a list of messages or a planned prompt, not "
+                f"{type(request).__name__}."
+            )
+        return self.runtime.planner.plan([Message.read(message) for message in request])
 
     def stream(
         self,
@@ -461,6 +474,8 @@ def _absolute(cache_dir: str | Path | None) -> Path:
 def _refuse_bare_text(chunks: Iterable[str | Chunk]) -> None:
     if isinstance(chunks, (str, Chunk)):
         raise TypeError("Give a list of chunks, not a single one: [text] instead of text.")
+    if not isinstance(chunks, Iterable):
+        raise TypeError(f"Give a list of chunks, not {type(chunks).__name__}.")
 
 
 def _from_recipe(recipe: dict[str, Any]) -> A3Engine:

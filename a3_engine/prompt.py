@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from a3_engine.chunks.catalogue import Match
-from a3_engine.messages import Chunk, Message
+from a3_engine.messages import Chunk, Message, clean
 from a3_engine.processes import Lock
 from a3_engine.segments import Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
@@ -77,7 +77,12 @@ class PromptPlanner:
         self.prefix_ids = self._prefix(encode_prefix)
 
     def plan(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), match: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        match: bool = True,
+        blank: bool = False,
     ) -> Prompt:
         """Segments of a conversation, ready for an answer.
 
@@ -90,13 +95,15 @@ class PromptPlanner:
             spelled out where it has no place for them.
         match : bool
             Also look for stored chunks inside plain text.
+        blank : bool
+            Also take messages that say nothing, as frameworks count and send them.
 
         Raises
         ------
         ValueError
             There is no message, or nothing in them to answer.
         """
-        if not messages or not any(message.text.strip() for message in messages):
+        if not messages or not (blank or any(message.text.strip() for message in messages)):
             raise ValueError("The prompt is empty: give at least one message with text.")
         messages, pieces = self._with_tools(list(messages), tools)
         last_user = max(
@@ -127,6 +134,7 @@ class PromptPlanner:
 
     def plan_raw(self, text: str) -> Prompt:
         """Segments of a finished prompt, in which control tokens count outside known chunks."""
+        text = clean(text)
         if not text:
             raise ValueError("The prompt is empty.")
         segments: list[Segment] = []
@@ -146,17 +154,19 @@ class PromptPlanner:
         """What chunks are in a prompt; those without a token are left out."""
         found: list[Segment] = []
         for chunk in chunks:
-            self._append_chunk(found, chunk if isinstance(chunk, Chunk) else Chunk(chunk))
+            self._append_chunk(found, Chunk.read(chunk))
         return found
 
     def tokenize_text(self, text: str) -> tuple[int, ...]:
         """Ids of text in which control tokens are only characters."""
+        text = clean(text)
         with self._lock:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded.input_ids)
 
     def tokenize_template(self, text: str) -> tuple[int, ...]:
         """Ids of template text, in which control tokens count."""
+        text = clean(text)
         with self._lock:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)
         return tuple(encoded.input_ids)
@@ -188,7 +198,8 @@ class PromptPlanner:
         return self._with_bos(self.tokenize_template(head) if isinstance(head, str) else ())
 
     def _render(self, conversation: list[dict[str, Any]], tools: Sequence[Tool] = ()) -> str:
-        continued = conversation[-1]["role"] == "assistant"
+        last = conversation[-1]
+        continued = last["role"] == "assistant" and bool(last["content"])
         rendered = self.tokenizer.apply_chat_template(
             conversation,
             tools=list(tools) or None,
@@ -284,6 +295,8 @@ class PromptPlanner:
     def _finish(self, segments: list[Segment], question_from: int) -> Prompt:
         """Put BOS and the encode prefix in place; something fresh always ends the prompt."""
         added = 0
+        if not segments:
+            raise ValueError("The prompt is empty: give at least one message with text.")
         head = segments[0]
         if self._bos and head.kind == "chunk":
             segments.insert(0, Segment("fresh", self._bos))

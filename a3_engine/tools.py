@@ -52,7 +52,8 @@ def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Mess
             plain.append(message)
         responses = message.role == "tool"
     if tools:
-        text = INSTRUCTIONS.format(tools="\n".join(json.dumps(tool) for tool in tools))
+        shown = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        text = INSTRUCTIONS.format(tools="\n".join(shown))
         if plain and plain[0].role == "system":
             plain[0] = replace(plain[0], content=_joined([*plain[0].parts, "\n\n", text]))
         else:

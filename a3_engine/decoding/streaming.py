@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ class TextEmitter:
     ) -> None:
         self._tokenizer = tokenizer
         self._emit = emit
-        self._stop = [s for s in stop if s]
+        self._stop = sorted(s for s in stop if s)
+        self._longest = max(map(len, self._stop), default=0)
         self._ids: list[int] = []
         self._sent = 0
         self.first_token_at: float | None = None
@@ -58,7 +60,8 @@ class TextEmitter:
     def _send(self, text: str, final: bool = False) -> None:
         if self.stopped:
             return
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        # What was sent holds none, so that one can only begin behind it.
+        found = [at for at in (text.find(s, self._sent) for s in self._stop) if at >= 0]
         if found:
             self.stopped = True
             certain = min(found)
@@ -70,9 +73,10 @@ class TextEmitter:
 
     def _may_begin_stop(self, text: str) -> int:
         """Length of the longest end of the text that a stop string could begin with."""
-        longest = max((len(s) for s in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(s.startswith(text[-length:]) for s in self._stop):
+        for length in range(min(self._longest - 1, len(text) - self._sent), 0, -1):
+            end = text[-length:]
+            place = bisect_left(self._stop, end)  # what begins with it would stand here
+            if place < len(self._stop) and self._stop[place].startswith(end):
                 return length
         return 0
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from langchain_core import exceptions as langchain_exceptions
 from langchain_core.documents import Document
 from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +15,7 @@ from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
+from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.shared import is_shared, shared_engine
@@ -47,6 +50,21 @@ PER_CALL = (
 ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
 # Settings of hosted models that chains and tests pass to any model; they say nothing here.
 HOSTED = {"api_key", "base_url", "max_retries", "timeout", "stream_usage"}
+
+
+class A3ContextOverflowError(ContextOverflowError, langchain_exceptions.ContextOverflowError):
+    """The engine's error, and LangChain's: middleware that shortens histories goes by that."""
+
+
+@contextmanager
+def langchains_errors() -> Iterator[None]:
+    """The engine's errors as those that LangChain's own parts look for."""
+    try:
+        yield
+    except A3ContextOverflowError:
+        raise
+    except ContextOverflowError as error:
+        raise A3ContextOverflowError(str(error)) from error
 
 
 class A3Settings(BaseModel):
@@ -109,6 +127,14 @@ class A3Settings(BaseModel):
         if not isinstance(values, dict):
             return values
         values = {ALIASES.get(name, name): value for name, value in values.items()}
+        # None is not given, as in other models.
+        values = {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in PER_CALL
+        }
+        if isinstance(values.get("stop"), str):
+            values["stop"] = [values["stop"]]
         if unknown := set(values) - set(cls.model_fields) - HOSTED:
             raise ValueError(
                 f"{cls.__name__} has no setting {', '.join(sorted(unknown))}; "
@@ -224,6 +250,7 @@ class A3Settings(BaseModel):
                 f"{type(self).__name__} takes no {', '.join(sorted(unknown))} for a call; "
                 f"it takes {', '.join(PER_CALL)}."
             )
+        given = {name: value for name, value in given.items() if value is not None}
         options = {name: getattr(self, name) for name in PER_CALL} | given
         options["max_new_tokens"] = options.pop("max_tokens")
         n_top = options.pop("top_logprobs")
