@@ -193,7 +193,7 @@ def answer(
         fallback_reason=why_prefill(runtime, prompt, method, room),
         plan_s=plan_s,
     )
-    emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
+    emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop, sampling.shown)
     recorder = None if sampling.logprobs is None else RecordLogprobs(sampling.logprobs)
     # A cache that leaves tokens out serves its own request alone.
     keeps = (

@@ -19,6 +19,11 @@ from a3_engine.messages import Chunk, Message, ToolCall
 Tool = dict[str, Any]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# What calls stand behind in the answers of other models: Mistral's, Granite's, Llama's.
+BEHIND = ("[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>")
+ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
+# Control tokens in some vocabularies; an answer's text is read with them where there are tools.
+MARKS = (OPEN, CLOSE, *BEHIND, ARGUMENTS, CALL_ID)
 INSTRUCTIONS = """\
 You can call functions. These are their JSON schemas:
 <tools>
@@ -85,8 +90,9 @@ class Malformed:
 class CallReader:
     """Tells text from calls while an answer is streamed.
 
-    It knows calls between tags (Hermes, Qwen, SmolLM) and an answer that is nothing but calls in
-    JSON (Llama, Mistral). What may become a call is held back until it is certain.
+    It knows calls between tags (Hermes, Qwen, SmolLM), behind a mark (Mistral, Granite, Llama), and
+    an answer that is nothing but calls in JSON. What may become a call is held back until it is
+    certain.
 
     Parameters
     ----------
@@ -104,10 +110,9 @@ class CallReader:
         self._text += piece
         if self._text.lstrip()[:1] in ("", "{", "["):
             return ""
-        certain = self._text.find(OPEN)
-        if certain < 0:
-            certain = len(self._text) - _overlap(self._text, OPEN)
-        return self._show(certain)
+        found = [at for at in (self._text.find(mark) for mark in (OPEN, *BEHIND)) if at >= 0]
+        overlap = max(_overlap(self._text, mark) for mark in (OPEN, *BEHIND))
+        return self._show(min(found) if found else len(self._text) - overlap)
 
     def end(self) -> tuple[str, list[ToolCall], list[Malformed]]:
         """What is left of the text, the calls, and what only looks like calls."""
@@ -115,6 +120,10 @@ class CallReader:
         if start >= 0:
             calls, bad = _tagged(self._text[start:])
             return self._show(start), calls, bad
+        starts = [at for at in (self._text.find(mark) for mark in BEHIND) if at >= 0]
+        if starts:
+            calls, bad = _behind_marks(self._text[min(starts) :])
+            return self._show(min(starts)), calls, bad
         bare = _bare(self._text)
         if bare and all(call.name in self._names for call in bare):
             return "", bare, []
@@ -188,6 +197,26 @@ def _tagged(text: str) -> tuple[list[ToolCall], list[Malformed]]:
             calls += _calls(json.loads(body))
         except ValueError as error:
             bad.append(Malformed(body.strip(), f"Not a tool call: {error}"))
+    return calls, bad
+
+
+def _behind_marks(text: str) -> tuple[list[ToolCall], list[Malformed]]:
+    """Calls behind marks: JSON, or Mistral's ``name[ARGS]{...}``."""
+    calls: list[ToolCall] = []
+    bad: list[Malformed] = []
+    for body in re.split("|".join(map(re.escape, BEHIND)), text):
+        body = body.strip()
+        if not body:
+            continue
+        name, found, arguments = body.partition(ARGUMENTS)
+        try:
+            if found:
+                value = {"name": name.partition(CALL_ID)[0].strip(), "arguments": arguments}
+                calls += _calls(value)
+            else:
+                calls += _calls(json.JSONDecoder().raw_decode(body)[0])
+        except ValueError as error:
+            bad.append(Malformed(body, f"Not a tool call: {error}"))
     return calls, bad
 
 

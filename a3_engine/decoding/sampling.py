@@ -35,11 +35,11 @@ def number(name: str, value: object, *, whole: bool = False) -> float:
     return read
 
 
-def _strings(stop: object) -> tuple[str, ...]:
+def _strings(name: str, stop: object) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     found = tuple(texts) if isinstance(texts, Iterable) else (None,)
     if not all(isinstance(text, str) for text in found):
-        raise TypeError(f"stop is a text or a list of texts, not {stop!r:.40}.")
+        raise TypeError(f"{name} is a text or a list of texts, not {stop!r:.40}.")
     return found
 
 
@@ -61,6 +61,8 @@ class Sampling:
         The answer ends before the first of these.
     grammar : str or None
         What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
+    shown : tuple of str
+        Control tokens that count as text of the answer, such as the marks of tool calls.
     seed : int or None
         Of the random numbers: the same request with the same seed has the same answer. Where None,
         torch's own seed decides, and a request that comes again has other numbers.
@@ -78,6 +80,7 @@ class Sampling:
     grammar: str | None = None
     logprobs: int | None = None
     seed: int | None = None
+    shown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Read what callers give: None is a setting's default, and one string is one stop."""
@@ -85,8 +88,8 @@ class Sampling:
             value = getattr(self, field.name)
             if value is None:
                 value = field.default
-            elif field.name == "stop":
-                value = _strings(value)
+            elif field.name in ("stop", "shown"):
+                value = _strings(field.name, value)
             elif field.name == "grammar":
                 if not isinstance(value, str):
                     raise TypeError(f"grammar is a text, not {type(value).__name__}.")

@@ -19,6 +19,8 @@ class TextEmitter:
         Takes each new piece of text.
     stop : sequence of str
         The generation ends before the first of these.
+    shown : sequence of str
+        Control tokens that are text here, as the marks of calls; the others are left out.
     """
 
     def __init__(
@@ -26,11 +28,13 @@ class TextEmitter:
         tokenizer: PreTrainedTokenizerBase,
         emit: Callable[[str], None],
         stop: Sequence[str] = (),
+        shown: Sequence[str] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._emit = emit
         self._stop = sorted(s for s in stop if s)
         self._longest = max(map(len, self._stop), default=0)
+        self._shown = _ids_of(tokenizer, shown)
         self._ids: list[int] = []
         self._sent = 0
         self.first_token_at: float | None = None
@@ -82,5 +86,21 @@ class TextEmitter:
 
     def _decode(self) -> str:
         """The whole answer: some tokenizers drop a blank where decoding begins."""
-        decoded: Any = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text, start = "", 0
+        for place, token in enumerate(self._ids):
+            if token in self._shown:
+                text += self._decoded(self._ids[start:place]) + self._shown[token]
+                start = place + 1
+        return text + self._decoded(self._ids[start:])
+
+    def _decoded(self, ids: list[int]) -> str:
+        decoded: Any = self._tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, shown: Sequence[str]) -> dict[int, str]:
+    """Those of the texts that are control tokens, by their ids."""
+    if not shown:
+        return {}
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {token: text for token, text in special.items() if text in shown}

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from a3_engine import FusionReport, Prompt
 from a3_engine.model.loading import default_cache_dir, known_context_window
-from a3_engine.tools import CallReader
+from a3_engine.tools import MARKS, CallReader
 from a3_integrations.langchain.messages import to_engine
 from a3_integrations.langchain.settings import A3Settings, about, langchains_errors, usage
 from a3_integrations.langchain.tools import (
@@ -290,6 +290,7 @@ class ChatA3(A3Settings, BaseChatModel):
         tools = [] if choice == "none" else [to_schema(tool) for tool in tools]
         options = self._options(stop, kwargs)
         options["grammar"] = grammar(tools, choice, form)
+        options["shown"] = MARKS if tools else ()
         prompt = self.engine.runtime.planner.plan(to_engine(messages), tools=tools, blank=True)
         names = [tool["function"]["name"] for tool in tools]
         return Request(prompt, options, CallReader(names) if tools else None)
