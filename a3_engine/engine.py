@@ -25,6 +25,7 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
+from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import DEFAULT, make_selector
@@ -317,7 +318,7 @@ class A3Engine:
             content: list[str | Chunk] = []
             for chunk in chunks:
                 content += [Chunk.read(chunk), "\n\n"]
-            return self.runtime.planner.plan([Message("user", [*content, request])])
+            return self._plan([Message("user", [*content, request])])
         if chunks:
             raise ValueError("Put the chunks into the messages' content, or give a plain question.")
         if isinstance(request, Message | Mapping):
@@ -327,7 +328,18 @@ class A3Engine:
                 "A request is a question, a list of messages or a planned prompt, not "
                 f"{type(request).__name__}."
             )
-        return self.runtime.planner.plan([Message.read(message) for message in request])
+        return self._plan([Message.read(message) for message in request])
+
+    def _plan(self, messages: list[Message]) -> Prompt:
+        """The segments of messages, unless their letters alone say that they do not fit."""
+        planner, letters = self.runtime.planner, sum(len(message.text) for message in messages)
+        if letters > self.context_window and letters > self.context_window * planner.longest_token:
+            raise ContextOverflowError(
+                f"The prompt has {letters} characters, more than {self.context_window} tokens can "
+                "hold, which is the model's context window. Retrieve fewer or shorter chunks, or "
+                "use a model with a longer context. Nothing was cut."
+            )
+        return planner.plan(messages)
 
     def stream(
         self,

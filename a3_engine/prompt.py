@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -145,6 +145,11 @@ class PromptPlanner:
                 self._append_fresh(segments, self.tokenize_template(part))
         last_chunk = max((i for i, s in enumerate(segments) if s.kind == "chunk"), default=-1)
         return self._finish(segments, last_chunk + 1)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for at most."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk: its text without white space around it, never control tokens."""

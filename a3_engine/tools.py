@@ -152,25 +152,57 @@ def _joined(parts: Iterable[str | Chunk]) -> list[str | Chunk]:
 
 
 def _call_rules(tools: Sequence[Tool]) -> str:
+    definitions: dict[str, Any] = {}
     calls = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool["function"]["name"]},
-                "arguments": {"type": "object", "properties": {}}
-                | tool["function"].get("parameters", {}),
+                "arguments": _arguments(tool, definitions),
             },
             "required": ["name", "arguments"],
         }
         for tool in tools
     ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if definitions:
+        schema = {**schema, "$defs": definitions}
     return f'call: "{OPEN}\\n" body "\\n{CLOSE}"\nbody: %json {_compiled(schema)}'
 
 
 def _compiled(schema: dict[str, Any]) -> str:
-    """A schema for the grammar: no properties but those named, and no loose white space."""
-    return json.dumps({"x-guidance": {"whitespace_flexible": False}} | _closed(schema))
+    """A schema for the grammar: no properties but those named, and no loose white space.
+
+    What the grammar has no rule for is left free; who asked for the schema checks the answer by it.
+    """
+    options = {"whitespace_flexible": False, "lenient": True}
+    return json.dumps({"x-guidance": options} | _closed(schema))
+
+
+def _arguments(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
+    schema = _without_definitions(tool["function"].get("parameters", {}), definitions)
+    return schema if "$ref" in schema else {"type": "object", "properties": {}} | schema
+
+
+def _without_definitions(schema: dict[str, Any], moved: dict[str, Any]) -> dict[str, Any]:
+    """A schema that is a part of a larger one, at whose root its definitions have to stand."""
+    own = schema.get("$defs")
+    if not own:
+        return schema
+    names = {f"#/$defs/{name}": f"{len(moved)}_{place}" for place, name in enumerate(own)}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if (target := value.get("$ref")) in names:
+            return {"$ref": f"#/$defs/{names[target]}"}
+        return {key: renamed(item) for key, item in value.items()}
+
+    rest = renamed({key: value for key, value in schema.items() if key != "$defs"})
+    moved |= {names[f"#/$defs/{name}"]: renamed(value) for name, value in own.items()}
+    return rest
 
 
 def _closed(schema: Any) -> Any:

@@ -65,6 +65,9 @@ class A3Synthesizer(CompactAndRefine):
             options["prompt_helper"] = PromptHelper.from_llm_metadata(
                 own.metadata, tokenizer=own.engine.runtime.planner.tokenize_text
             )
+        if options.get("callback_manager") is None and not own.callback_manager.handlers:
+            # Stock query engines hand theirs on; token counters and tracers listen there.
+            options["callback_manager"] = Settings.callback_manager
         super().__init__(llm=llm, **options)
 
     def synthesize(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a3_engine import A3Engine, A3Error, Chunk, Message
+from a3_engine import A3Engine, A3Error, Chunk, ContextOverflowError, Message
 from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.streaming import TextEmitter
 from tests.engine.test_requests import ASK, LAMP, SHORE
@@ -181,3 +181,14 @@ def test_texts_of_every_script_are_answered(engine):
             with pytest.raises(ValueError, match="empty"):
                 engine.generate([message], max_new_tokens=1)
     assert reference(engine) == before
+
+
+def test_letters_alone_say_that_a_prompt_is_too_long(engine):
+    """Before a token is made of them."""
+    started = time.process_time()
+    for request in ({"chunks": [LAMP] * 100_000}, {"chunks": ["x" * 10**7]}):
+        with pytest.raises(ContextOverflowError, match="characters"):
+            engine.generate(ASK, max_new_tokens=2, **request)
+    with pytest.raises(ContextOverflowError, match="characters"):
+        engine.generate("y" * 10**7, max_new_tokens=2)
+    assert time.process_time() - started < 5

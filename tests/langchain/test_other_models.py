@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +21,10 @@ from langchain_core.messages import (
 )
 from langchain_core.prompts import PromptTemplate
 from langchain_core.vectorstores import InMemoryVectorStore
+from pydantic import BaseModel
 
 from a3_engine import A3Engine, ContextOverflowError
+from a3_engine.decoding.grammar import FollowGrammar
 from a3_integrations.langchain import A3LLM, A3VectorStore, ChatA3, create_a3_documents_chain
 from a3_integrations.langchain.messages import to_engine
 from tests.engine.conftest import LONG
@@ -214,3 +218,45 @@ def test_a_tool_is_shown_as_it_is_written(llm):
     shown = llm.engine.runtime.tokenizer.decode(prompt.ids)
     assert "Sagt, wer das Leuchtfeuer hütet." in shown
     assert "\\u00" not in shown
+
+
+class Tree(BaseModel):
+    """A branch, and what grows from it."""
+
+    name: str
+    children: list[Tree]
+
+
+class Odd(BaseModel):
+    """Fields that the grammar has no rule for."""
+
+    words: set[str]
+    path: Path
+    counts: dict[Literal["a", "b"], int]
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema"])
+@pytest.mark.parametrize("schema", [Tree, Odd])
+def test_any_schema_is_compiled_and_followed(llm, schema, method):
+    """What holds itself is followed; what has no rule is left free, and checked afterwards."""
+    bound = llm.with_structured_output(schema, method=method, include_raw=True)
+    answered = bound.invoke("Who?")
+    assert answered["raw"].content is not None
+
+
+def test_what_holds_itself_is_shown_and_forced(llm):
+    from a3_engine.tools import call_grammar
+    from a3_integrations.langchain.tools import to_schema
+
+    tool = to_schema(Tree)
+    assert '"items": {}' not in str(tool).replace("'", '"')
+    for tools in ([tool], [tool, to_schema(Odd), tool]):
+        answer = llm.engine.generate("Who?", max_new_tokens=40, grammar=call_grammar(tools))
+        assert answer.text.startswith('<tool_call>\n{"name":')
+    follow = FollowGrammar(llm.engine.runtime.tokenizer, call_grammar([tool]), [2])
+    call = '{"name":"Tree","arguments":{"name":"a","children":[{"name":"b","children":[%s]}]}}'
+    for child, fits in (("", True), ('{"name":"c","children":[]}', True), ("5", False)):
+        matcher = follow._matcher.deep_copy()
+        text = f"<tool_call>\n{call % child}\n</tool_call>"
+        ids = llm.engine.runtime.planner.tokenize_text(text)
+        assert (matcher.validate_tokens(list(ids)) == len(ids)) == fits

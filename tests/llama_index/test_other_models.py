@@ -102,3 +102,23 @@ def test_options_are_read_as_by_other_llms(llm):
     expected = given.complete("Who?").text
     assert given.complete("Who?", temperature=None, max_tokens=None, stop=None).text == expected
     assert given.complete("Who?", temperature=1, top_p=1).text is not None
+
+
+def test_token_counters_count(llm):
+    """As those of stock synthesizers do: set for all, by Settings."""
+    from llama_index.core import Settings
+    from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    from a3_integrations.llama_index import A3Synthesizer
+
+    before = Settings._callback_manager
+    counter = TokenCountingHandler(tokenizer=llm.engine.runtime.planner.tokenize_text)
+    try:
+        Settings.callback_manager = CallbackManager([counter])
+        own = A3LLM(engine=llm.engine, max_new_tokens=2)
+        node = TextNode(text="The lamp of the lighthouse burns through the night.")
+        A3Synthesizer(own).synthesize("Who?", [NodeWithScore(node=node, score=1.0)])
+    finally:
+        Settings._callback_manager = before
+    assert counter.total_llm_token_count > 20

@@ -147,8 +147,9 @@ def test_a_hostile_archive_gives_nothing_and_writes_nothing_outside(tmp_path):
         (link, b""),
         (device, b""),
     ]
-    text = ["a" * 64, 40, "x" * 32, "y" * 32]
-    odd = [text[:3], [*text, 1], ["a", *text[1:]], [*text[:3], None], [text[0], 2**70, *text[2:]]]
+    text = ["a" * 64, 40, "x" * 32, 5]
+    odd = [text[:3], [*text, 1], ["a", *text[1:]], [*text[:3], "y" * 32], [*text[:3], 2**70]]
+    odd.append([text[0], 2**70, *text[2:]])
     rows = [None, 5, [], ["e"] * 3, ["e", "k", text], *(["e", "0" * 64, row] for row in odd)]
     archive = build(tmp_path / "evil.tar", members, {"tags": {"x": "t"}, "texts": rows})
     before = sorted(tmp_path.parent.rglob("*"))
