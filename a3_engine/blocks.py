@@ -15,7 +15,7 @@ from typing import Any
 
 from a3_engine.messages import Chunk
 
-SEEN_OR_HEARD = ("image", "audio", "video", "media", "file", "pdf", "document")
+SEEN_OR_HEARD = ("image", "audio", "video", "media", "file", "pdf", "document", "text-plain")
 
 
 def said(block: Mapping[str, Any]) -> str | Chunk:

@@ -193,8 +193,18 @@ class A3Engine:
     @property
     def context_window(self) -> int:
         """Tokens that the prompt and its answer may have together."""
-        config = self.runtime.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2**31
+        return _window_of(self.runtime.model)
+
+    @property
+    def known_window(self) -> int | None:
+        """The context window, where it is known without loading the model."""
+        if self._runtime is not None:
+            return self.context_window
+        if not callable(self._source):
+            return _window_of(self._source[0])
+        if self._recipe is None:
+            return None
+        return known_context_window(str(self._recipe["model"]), self._recipe["cache_dir"])
 
     @property
     def outline(self) -> tuple[int, bool]:
@@ -203,9 +213,8 @@ class A3Engine:
         Read from the model's files where it is not loaded yet, if they are on this machine.
         """
         if self._runtime is None and self._recipe is not None:
-            name, folder = str(self._recipe["model"]), self._recipe["cache_dir"]
-            window = known_context_window(name, folder)
-            chats = known_to_chat(name, folder)
+            window = self.known_window
+            chats = known_to_chat(str(self._recipe["model"]), self._recipe["cache_dir"])
             if window is not None and chats is not None:
                 return window, chats
         return self.context_window, bool(self.runtime.tokenizer.chat_template)
@@ -476,6 +485,11 @@ class A3Engine:
                 return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
 
         return work
+
+
+def _window_of(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def _absolute(cache_dir: str | Path | None) -> Path:

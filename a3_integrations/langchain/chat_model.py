@@ -115,7 +115,7 @@ class ChatA3(A3Settings, BaseChatModel):
             attachment=False,
             temperature=True,
         )
-        if window := known_context_window(name, folder):
+        if window := given.known_window if given else known_context_window(name, folder):
             profile["max_input_tokens"] = window
         return profile
 

@@ -22,6 +22,7 @@ from langchain_core.messages import (
 from langchain_core.prompts import PromptTemplate
 from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import BaseModel
+from transformers import GPT2Config
 
 from a3_engine import A3Engine, ContextOverflowError
 from a3_engine.decoding.grammar import FollowGrammar
@@ -260,3 +261,21 @@ def test_what_holds_itself_is_shown_and_forced(llm):
         text = f"<tool_call>\n{call % child}\n</tool_call>"
         ids = llm.engine.runtime.planner.tokenize_text(text)
         assert (matcher.validate_tokens(list(ids)) == len(ids)) == fits
+
+
+def test_the_window_of_a_given_model_is_in_the_profile(llm):
+    assert llm.profile["max_input_tokens"] == LONG.max_position_embeddings
+
+
+def test_an_ordinary_prefill_warns_of_nothing(llm, recwarn, caplog):
+    llm.invoke("Who?", selector="full_prefill")
+    engine = llm.engine
+    refused = A3Engine.from_pretrained(
+        tiny_model(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, eos_token_id=2)),
+        tiny_tokenizer(),
+        cache_dir=engine.cache_dir,
+    )
+    refused.generate("Who?", max_new_tokens=2)
+    said = caplog.text + "".join(str(warning.message) for warning in recwarn)
+    assert "top_k" not in said
+    refused.close()

@@ -122,3 +122,26 @@ def test_token_counters_count(llm):
     finally:
         Settings._callback_manager = before
     assert counter.total_llm_token_count > 20
+
+
+def test_parts_are_cut_so_that_the_next_prompt_fits(tiny_engine):
+    """It holds the answer so far, which is as long as answers may be."""
+    from transformers import LlamaConfig
+
+    from a3_integrations.llama_index import A3Synthesizer
+    from tests.tiny import SHAPE
+
+    engine = tiny_engine(LlamaConfig(**{**SHAPE, "max_position_embeddings": 4096}))
+    llm = A3LLM(engine=engine, max_new_tokens=900)
+    synthesizer = A3Synthesizer(llm)
+    texts = [f"{number}. " + "The lamp of the lighthouse burns. " * 30 for number in range(12)]
+    parts = synthesizer._make_compact_text_chunks("Who?", texts)
+    assert len(parts) > 1
+    assert sum(part.count("lighthouse") for part in parts) == 12 * 30
+    count = engine.runtime.planner.tokenize_text
+    so_far = next(text for n in range(400) if len(count(text := "The keeper. " * n)) >= 890)
+    for part in parts:
+        messages = synthesizer._refine_template.format_messages(
+            llm=llm, query_str="Who?", existing_answer=so_far, context_msg=part
+        )
+        assert llm._from_messages(messages).n_tokens + 900 <= 4096

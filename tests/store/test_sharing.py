@@ -60,13 +60,14 @@ def test_a_folder_that_others_may_write_shares_its_files_with_them(share):
 def test_no_link_in_a_shared_folder_is_followed(share, tmp_path):
     """Neither a file's nor a folder's, to read, to write or to remove what it leads to."""
     key, victim, outside = header(1).key, tmp_path / "victim", tmp_path / "outside"
-    victim.write_bytes(payload(1).to_bytes())
+    content = payload(1).to_bytes()
+    victim.write_bytes(content)
     outside.mkdir()
     (share / key[:2]).mkdir(parents=True)
     (share / key[:2] / key).symlink_to(victim)
     assert not holds(tier(share), 1)
     tier(share).put(payload(1))
-    assert victim.read_bytes() == payload(1).to_bytes()
+    assert victim.read_bytes() == content
     assert not (share / key[:2] / key).is_symlink()
     assert holds(tier(share), 1)
     for name in (key[:2], "tags", "tagged"):
