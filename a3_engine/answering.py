@@ -28,6 +28,7 @@ from a3_engine.fusion.selectors.base import Selector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.fusion.turns import Turn
 from a3_engine.method import Method
+from a3_engine.model.attention import install
 from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Prompt, Segment
@@ -260,7 +261,7 @@ def _answer(
     )
     if report.fused and runtime.library is not None:
         report.stand_in = runtime.library.stand_in
-    emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop)
+    emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop, sampling.shown)
     recorder = None if sampling.logprobs is None else RecordLogprobs(sampling.logprobs)
     # A cache that leaves tokens out serves its own request alone.
     keeps = (
@@ -272,6 +273,8 @@ def _answer(
     # Without a config no layer becomes a sliding one, which would drop tokens outside its window.
     cache: Cache | None = DynamicCache() if keeps else None
     try:
+        if runtime.support.rotation is not None:
+            install(runtime.model)  # its owner may have chosen another attention since
         if report.fused or turn is not None:
             with one_request():
                 cache = assemble(runtime, prompt, method, room, report, abandoned, turn, reused)

@@ -7,9 +7,8 @@ text ─► PromptPlanner ─► segments ─► ChunkLibrary ─► FusedCache 
 from __future__ import annotations
 
 import copy
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,26 @@ from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
-from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream, Work
+from a3_engine.decoding.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
+from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import choose_selector
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.messages import clean
 from a3_engine.method import Method
-from a3_engine.model.loading import default_cache_dir, load_model, transformers_model
+from a3_engine.model.computing import undisturbed
+from a3_engine.model.loading import (
+    default_cache_dir,
+    known_context_window,
+    known_to_chat,
+    load_model,
+    transformers_model,
+)
+from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.runtime import Runtime, renewed, start
+from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 
 METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
@@ -116,7 +125,7 @@ class A3Engine:
         }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
-        self._starting = threading.Lock()
+        self._starting = Lock()
 
     @classmethod
     def from_pretrained(
@@ -205,6 +214,30 @@ class A3Engine:
         return self.runtime.context_window
 
     @property
+    def known_window(self) -> int | None:
+        """The context window, where it is known without loading the model."""
+        if self._runtime is not None:
+            return self.context_window
+        if not callable(self._source):
+            return context_window(self._source[0])
+        if self._recipe is None:
+            return None
+        return known_context_window(str(self._recipe["model"]), self._recipe["cache_dir"])
+
+    @property
+    def outline(self) -> tuple[int, bool]:
+        """The context window, and whether there is a chat template.
+
+        Read from the model's files where it is not loaded yet, if they are on this machine.
+        """
+        if self._runtime is None and self._recipe is not None:
+            window = self.known_window
+            chats = known_to_chat(str(self._recipe["model"]), self._recipe["cache_dir"])
+            if window is not None and chats is not None:
+                return window, chats
+        return self.context_window, bool(self.runtime.tokenizer.chat_template)
+
+    @property
     def fingerprint(self) -> str:
         """Identity of what the engine computes: model, tokenizer, dtype, prefix and stand-in."""
         return self.runtime.fingerprint
@@ -244,7 +277,9 @@ class A3Engine:
             A chunk cannot be written. Those before it are stored.
         """
         _refuse_bare_text(chunks)
-        return ingest(self.runtime, chunks, self.context_window, progress)
+        runtime, window = self.runtime, self.context_window
+        with undisturbed():
+            return ingest(runtime, chunks, window, progress)
 
     def remember(self, chunks: Iterable[Chunk]) -> None:
         """Serve these chunks from the cache wherever their text stands in a prompt.
@@ -262,6 +297,9 @@ class A3Engine:
         Behind a stand-in a chunk has two entries: itself, and its first tokens as they open a
         prompt.
         """
+        if not isinstance(tag, str):
+            raise TypeError(f"A tag is a text, not {type(tag).__name__}.")
+        tag = clean(tag)
         self.runtime.turns.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0
@@ -308,19 +346,39 @@ class A3Engine:
         ValueError
             The request is empty, or chunks came with something that is not a question.
         """
-        if isinstance(request, Prompt):
-            return request
         _refuse_bare_text(chunks)
+        if isinstance(request, Prompt):
+            if chunks:
+                raise ValueError("The prompt is planned already: give its chunks to plan().")
+            return request
         if isinstance(request, str):
             if not request.strip():
                 raise ValueError("The question is empty.")
             content: list[str | Chunk] = []
             for chunk in chunks:
-                content += [chunk if isinstance(chunk, Chunk) else Chunk(chunk), "\n\n"]
-            return self.runtime.planner.plan([Message("user", [*content, request])])
+                content += [Chunk.read(chunk), "\n\n"]
+            return self._plan([Message("user", [*content, request])])
         if chunks:
             raise ValueError("Put the chunks into the messages' content, or give a plain question.")
-        return self.runtime.planner.plan(request)
+        if isinstance(request, Message | Mapping):
+            request = [Message.read(request)]
+        if not isinstance(request, Iterable):
+            raise TypeError(
+                "A request is a question, a list of messages or a planned prompt, not "
+                f"{type(request).__name__}."
+            )
+        return self._plan([Message.read(message) for message in request])
+
+    def _plan(self, messages: list[Message]) -> Prompt:
+        """The segments of messages, unless their letters alone say that they do not fit."""
+        planner, letters = self.runtime.planner, sum(len(message.text) for message in messages)
+        if letters > self.context_window and letters > self.context_window * planner.longest_token:
+            raise ContextOverflowError(
+                f"The prompt has {letters} characters, more than {self.context_window} tokens can "
+                "hold, which is the model's context window. Retrieve fewer or shorter chunks, or "
+                "use a model with a longer context. Nothing was cut."
+            )
+        return planner.plan(messages)
 
     def stream(
         self,
@@ -455,9 +513,12 @@ class A3Engine:
         if settings.temperature > 0 and settings.seed is None:
             settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
-        return lambda emit, abandoned: answer(
-            runtime, prompt, method, settings, started, plan_s, emit, abandoned
-        )
+
+        def work(emit: Emit, abandoned: Callable[[], bool]) -> FusionReport:
+            with undisturbed():
+                return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
+
+        return work
 
 
 def _absolute(cache_dir: str | Path | None) -> Path:
@@ -468,6 +529,8 @@ def _absolute(cache_dir: str | Path | None) -> Path:
 def _refuse_bare_text(chunks: Iterable[str | Chunk]) -> None:
     if isinstance(chunks, (str, Chunk)):
         raise TypeError("Give a list of chunks, not a single one: [text] instead of text.")
+    if not isinstance(chunks, Iterable):
+        raise TypeError(f"Give a list of chunks, not {type(chunks).__name__}.")
 
 
 def _from_recipe(recipe: dict[str, Any]) -> A3Engine:

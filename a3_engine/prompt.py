@@ -9,10 +9,9 @@ say is always tokenized as text. Every segment is tokenized by itself, in every 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +19,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from a3_engine.chunks.catalogue import Match
-from a3_engine.messages import Chunk, Message
+from a3_engine.messages import Chunk, Message, clean
+from a3_engine.processes import Lock
 from a3_engine.segments import Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
 
@@ -51,8 +51,8 @@ PROBE: Tool = {
 }
 Piece = str | tuple[int, list[str | Chunk]]
 
-_locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
+_locks: WeakKeyDictionary[PreTrainedTokenizerBase, Lock] = WeakKeyDictionary()
+_locks_lock = Lock()
 
 
 class PromptPlanner:
@@ -98,7 +98,12 @@ class PromptPlanner:
         )
 
     def plan(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), match: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        match: bool = True,
+        blank: bool = False,
     ) -> Prompt:
         """Segments of a conversation, ready for an answer.
 
@@ -111,13 +116,15 @@ class PromptPlanner:
             spelled out where it has no place for them.
         match : bool
             Also look for stored chunks inside plain text.
+        blank : bool
+            Also take messages that say nothing, as frameworks count and send them.
 
         Raises
         ------
         ValueError
             There is no message, or nothing in them to answer.
         """
-        if not messages or not any(message.text.strip() for message in messages):
+        if not messages or not (blank or any(message.text.strip() for message in messages)):
             raise ValueError("The prompt is empty: give at least one message with text.")
         messages, pieces = self._with_tools(list(messages), tools)
         last_user = max(
@@ -153,6 +160,7 @@ class PromptPlanner:
 
     def plan_raw(self, text: str) -> Prompt:
         """Segments of a finished prompt, in which control tokens count outside known chunks."""
+        text = clean(text)
         if not text:
             raise ValueError("The prompt is empty.")
         segments: list[Segment] = []
@@ -164,6 +172,11 @@ class PromptPlanner:
         last_chunk = max((i for i, s in enumerate(segments) if s.kind == "chunk"), default=-1)
         return self._finish(segments, last_chunk + 1)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for at most."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk: its text without white space around it, never control tokens."""
         return self._remembered_ids(text.strip())
@@ -172,16 +185,16 @@ class PromptPlanner:
         """What chunks are in a prompt; those without a token are left out."""
         found: list[Segment] = []
         for chunk in chunks:
-            self._append_chunk(found, chunk if isinstance(chunk, Chunk) else Chunk(chunk))
+            self._append_chunk(found, Chunk.read(chunk))
         return found
 
     def tokenize_text(self, text: str, begins: bool = False) -> tuple[int, ...]:
         """Ids of text in which control tokens are only characters; it may begin the prompt."""
-        return self._tokenize(text, begins, split_special_tokens=True)
+        return self._tokenize(clean(text), begins, split_special_tokens=True)
 
     def tokenize_template(self, text: str, begins: bool = True) -> tuple[int, ...]:
         """Ids of template text, in which control tokens count; it may begin the prompt."""
-        return self._tokenize(text, begins, split_special_tokens=False)
+        return self._tokenize(clean(text), begins, split_special_tokens=False)
 
     def _tokenize(self, text: str, begins: bool, **options: bool) -> tuple[int, ...]:
         """SentencePiece puts a blank ahead of each text, which only a prompt's beginning has."""
@@ -250,7 +263,8 @@ class PromptPlanner:
         tools: Sequence[Tool] = (),
         template: str | None = None,
     ) -> str:
-        continued = conversation[-1]["role"] == "assistant"
+        last = conversation[-1]
+        continued = last["role"] == "assistant" and bool(last["content"])
         rendered = self.tokenizer.apply_chat_template(
             conversation,
             tools=list(tools) or None,
@@ -349,6 +363,8 @@ class PromptPlanner:
     def _finish(self, segments: list[Segment], question_from: int) -> Prompt:
         """Put BOS and the encode prefix in place; something fresh always ends the prompt."""
         added = 0
+        if not segments:
+            raise ValueError("The prompt is empty: give at least one message with text.")
         head = segments[0]
         if self._bos and head.kind == "chunk":
             segments.insert(0, Segment("fresh", self._bos))
@@ -368,10 +384,10 @@ class PromptPlanner:
         return Prompt(tuple(segments), min(question_from + added, len(segments) - 1))
 
 
-def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
+def _lock_of(tokenizer: PreTrainedTokenizerBase) -> Lock:
     """Fast tokenizers keep the handling of special tokens as state, which engines may share."""
     with _locks_lock:
-        return _locks.setdefault(tokenizer, threading.Lock())
+        return _locks.setdefault(tokenizer, Lock(around_foreign=True))
 
 
 def _with_its_question(cut: list[str | Chunk]) -> list[str | Chunk]:

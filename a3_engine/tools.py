@@ -19,6 +19,11 @@ from a3_engine.messages import Chunk, Message, ToolCall
 Tool = dict[str, Any]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# What calls stand behind in the answers of other models: Mistral's, Granite's, Llama's.
+BEHIND = ("[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>")
+ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
+# Control tokens in some vocabularies; an answer's text is read with them where there are tools.
+MARKS = (OPEN, CLOSE, *BEHIND, ARGUMENTS, CALL_ID)
 INSTRUCTIONS = """\
 You can call functions. These are their JSON schemas:
 <tools>
@@ -52,7 +57,8 @@ def spelled_out(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Mess
             plain.append(message)
         responses = message.role == "tool"
     if tools:
-        text = INSTRUCTIONS.format(tools="\n".join(json.dumps(tool) for tool in tools))
+        shown = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        text = INSTRUCTIONS.format(tools="\n".join(shown))
         if plain and plain[0].role == "system":
             plain[0] = replace(plain[0], content=_joined([*plain[0].parts, "\n\n", text]))
         else:
@@ -84,8 +90,9 @@ class Malformed:
 class CallReader:
     """Tells text from calls while an answer is streamed.
 
-    It knows calls between tags (Hermes, Qwen, SmolLM) and an answer that is nothing but calls in
-    JSON (Llama, Mistral). What may become a call is held back until it is certain.
+    It knows calls between tags (Hermes, Qwen, SmolLM), behind a mark (Mistral, Granite, Llama), and
+    an answer that is nothing but calls in JSON. What may become a call is held back until it is
+    certain.
 
     Parameters
     ----------
@@ -103,10 +110,9 @@ class CallReader:
         self._text += piece
         if self._text.lstrip()[:1] in ("", "{", "["):
             return ""
-        certain = self._text.find(OPEN)
-        if certain < 0:
-            certain = len(self._text) - _overlap(self._text, OPEN)
-        return self._show(certain)
+        found = [at for at in (self._text.find(mark) for mark in (OPEN, *BEHIND)) if at >= 0]
+        overlap = max(_overlap(self._text, mark) for mark in (OPEN, *BEHIND))
+        return self._show(min(found) if found else len(self._text) - overlap)
 
     def end(self) -> tuple[str, list[ToolCall], list[Malformed]]:
         """What is left of the text, the calls, and what only looks like calls."""
@@ -114,6 +120,10 @@ class CallReader:
         if start >= 0:
             calls, bad = _tagged(self._text[start:])
             return self._show(start), calls, bad
+        starts = [at for at in (self._text.find(mark) for mark in BEHIND) if at >= 0]
+        if starts:
+            calls, bad = _behind_marks(self._text[min(starts) :])
+            return self._show(min(starts)), calls, bad
         bare = _bare(self._text)
         if bare and all(call.name in self._names for call in bare):
             return "", bare, []
@@ -142,25 +152,57 @@ def _joined(parts: Iterable[str | Chunk]) -> list[str | Chunk]:
 
 
 def _call_rules(tools: Sequence[Tool]) -> str:
+    definitions: dict[str, Any] = {}
     calls = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool["function"]["name"]},
-                "arguments": {"type": "object", "properties": {}}
-                | tool["function"].get("parameters", {}),
+                "arguments": _arguments(tool, definitions),
             },
             "required": ["name", "arguments"],
         }
         for tool in tools
     ]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if definitions:
+        schema = {**schema, "$defs": definitions}
     return f'call: "{OPEN}\\n" body "\\n{CLOSE}"\nbody: %json {_compiled(schema)}'
 
 
 def _compiled(schema: dict[str, Any]) -> str:
-    """A schema for the grammar: no properties but those named, and no loose white space."""
-    return json.dumps({"x-guidance": {"whitespace_flexible": False}} | _closed(schema))
+    """A schema for the grammar: no properties but those named, and no loose white space.
+
+    What the grammar has no rule for is left free; who asked for the schema checks the answer by it.
+    """
+    options = {"whitespace_flexible": False, "lenient": True}
+    return json.dumps({"x-guidance": options} | _closed(schema))
+
+
+def _arguments(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
+    schema = _without_definitions(tool["function"].get("parameters", {}), definitions)
+    return schema if "$ref" in schema else {"type": "object", "properties": {}} | schema
+
+
+def _without_definitions(schema: dict[str, Any], moved: dict[str, Any]) -> dict[str, Any]:
+    """A schema that is a part of a larger one, at whose root its definitions have to stand."""
+    own = schema.get("$defs")
+    if not own:
+        return schema
+    names = {f"#/$defs/{name}": f"{len(moved)}_{place}" for place, name in enumerate(own)}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if (target := value.get("$ref")) in names:
+            return {"$ref": f"#/$defs/{names[target]}"}
+        return {key: renamed(item) for key, item in value.items()}
+
+    rest = renamed({key: value for key, value in schema.items() if key != "$defs"})
+    moved |= {names[f"#/$defs/{name}"]: renamed(value) for name, value in own.items()}
+    return rest
 
 
 def _closed(schema: Any) -> Any:
@@ -187,6 +229,26 @@ def _tagged(text: str) -> tuple[list[ToolCall], list[Malformed]]:
             calls += _calls(json.loads(body))
         except ValueError as error:
             bad.append(Malformed(body.strip(), f"Not a tool call: {error}"))
+    return calls, bad
+
+
+def _behind_marks(text: str) -> tuple[list[ToolCall], list[Malformed]]:
+    """Calls behind marks: JSON, or Mistral's ``name[ARGS]{...}``."""
+    calls: list[ToolCall] = []
+    bad: list[Malformed] = []
+    for body in re.split("|".join(map(re.escape, BEHIND)), text):
+        body = body.strip()
+        if not body:
+            continue
+        name, found, arguments = body.partition(ARGUMENTS)
+        try:
+            if found:
+                value = {"name": name.partition(CALL_ID)[0].strip(), "arguments": arguments}
+                calls += _calls(value)
+            else:
+                calls += _calls(json.JSONDecoder().raw_decode(body)[0])
+        except ValueError as error:
+            bad.append(Malformed(body, f"Not a tool call: {error}"))
     return calls, bad
 
 

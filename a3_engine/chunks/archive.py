@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -89,7 +90,8 @@ def import_chunks(
     count, refused = 0, []
     try:
         limit = archive.stat().st_size
-        with tarfile.open(archive, "r:") as tar:
+        # A header may claim any size: no more is asked for than the file has.
+        with _Bounded(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             texts = _read_texts(tar, limit)
             for member in tar:
                 if member.name == TEXTS:
@@ -107,7 +109,7 @@ def import_chunks(
                 if not store.contains_many([header.key]):  # what is there is not replaced
                     store.put(payload)
                 count += 1
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise StoreError(f"{archive} cannot be imported: {error}.") from error
     store.note(_notes(texts))
     return count, refused
@@ -124,6 +126,14 @@ def _notes(texts: dict[str, Any]) -> Iterator[Note]:
             case [str(engine), str(key), fields] if KEY.fullmatch(key):
                 if (known := Known.read(fields)) is not None:
                     yield Note(engine, key, About(known))
+
+
+class _Bounded(io.FileIO):
+    """A file that never makes room for more than it has."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left)) or b""
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,9 +1,10 @@
 """The texts of stored chunks, to find them again inside a finished prompt.
 
 A framework may hand over nothing but one long string. Every text of a stored chunk that stands in
-it, to the letter, can be served from the cache. A candidate begins like a known text, ends like a
-known text and is as long as one that begins so, each by `ANCHOR` characters; a hash of the whole
-text decides. Heads alone would not do: texts with metadata often begin alike by the thousand.
+it, to the letter, can be served from the cache. A candidate begins like a known text, by `ANCHOR`
+characters, and is as long as one that begins so; a rolling sum chooses among them, and a hash of
+the whole text decides. So a long prompt takes no longer for each of its letters than a short one,
+also where thousands of texts begin alike, or a text goes on repeating itself.
 
 It is an index of what the chunks hold, and no answer waits for it: what a request adds is known at
 once, and written when there is time.
@@ -13,19 +14,21 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from a3_engine.chunks.known import ANCHOR, About, Known, text_hash
+import numpy as np
+import numpy.typing as npt
+
+from a3_engine.chunks.known import ANCHOR, About, Known, Rolling, text_hash
 from a3_engine.chunks.patience import one_request
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.index import Note
 from a3_engine.errors import StoreError
+from a3_engine.processes import Lock
 
 logger = logging.getLogger(__name__)
 
-FEW = 8  # lengths that are tried one by one
 MOST_UNWRITTEN = 100_000  # texts; older ones are let go of, and found by their chunks' own words
 
 
@@ -49,10 +52,10 @@ class Catalogue:
 
     def __init__(self, store: DiskStore, engine: str) -> None:
         self._engine, self._store = engine, store
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._seen, self._forgotten = 0, (0, 0)
         self._lengths: dict[str, set[int]] = {}  # by head
-        self._tails: set[str] = set()
+        self._sums: set[int] = set()
         self._hashes: set[str] = set()
         self._unwritten: dict[Note, None] = {}
 
@@ -97,46 +100,46 @@ class Catalogue:
                 logger.warning("The texts of stored chunks cannot be read: %s.", error)
             windows = [text[at : at + ANCHOR] for at in range(len(text) - ANCHOR + 1)]
             heads = self._lengths.keys() & windows  # faster than asking for them one by one
-            starts = [(at, self._lengths[w]) for at, w in enumerate(windows) if w in heads]
-            # Where thousands begin alike, only the lengths that end at a known tail are tried.
-            many = any(len(lengths) > FEW for _, lengths in starts)
-            stops = [
-                at + ANCHOR for at, window in enumerate(windows) if many and window in self._tails
-            ]
+            if not heads:
+                return []
+            lengths = {head: np.array(sorted(self._lengths[head], reverse=True)) for head in heads}
+            sums = Rolling(text)
             matches: list[Match] = []
             behind = 0
-            for start, lengths in starts:
-                if start >= behind and (match := self._longest(text, start, lengths, stops)):
-                    matches.append(match)
-                    behind = match.stop
+            for start, window in enumerate(windows):
+                if window in heads and start >= behind:
+                    stops = start + lengths[window]
+                    if (stop := self._longest(text, start, stops, sums)) is not None:
+                        matches.append(Match(start, stop))
+                        behind = stop
             return matches
 
     def of(self, engine: str) -> Catalogue:
         """The same for another engine."""
         return Catalogue(self._store, engine)
 
-    def _longest(self, text: str, start: int, lengths: set[int], stops: list[int]) -> Match | None:
-        if len(lengths) > FEW:
-            candidates = [stop for stop in stops if stop - start in lengths]
-        else:
-            candidates = [start + chars for chars in lengths if start + chars <= len(text)]
-        for stop in sorted(candidates, reverse=True):
-            if text_hash(text[start:stop]) in self._hashes:
-                return Match(start, stop)
+    def _longest(
+        self, text: str, start: int, stops: npt.NDArray[np.int64], sums: Rolling
+    ) -> int | None:
+        """Where the longest known text that begins here ends; the longest end comes first."""
+        stops = stops[stops <= len(text)]
+        for stop, found in zip(stops.tolist(), sums.of_all(start, stops).tolist(), strict=True):
+            if found in self._sums and text_hash(text[start:stop]) in self._hashes:
+                return int(stop)
         return None
 
     def _refresh(self) -> None:
         """Read what this or another process has added since; all of it after a removal."""
         forgotten, last, texts = self._store.texts(self._engine, self._seen)
         if forgotten != self._forgotten:
-            self._lengths, self._tails, self._hashes = {}, set(), set()
+            self._lengths, self._sums, self._hashes = {}, set(), set()
             forgotten, last, texts = self._store.texts(self._engine, 0)
             texts += [note.about.known for note in self._unwritten if note.about.known]
         self._take(texts)
         self._seen, self._forgotten = last, forgotten
 
     def _take(self, texts: Iterable[Known]) -> None:
-        for sha256, chars, head, tail in texts:
+        for sha256, chars, head, rolling in texts:
             self._lengths.setdefault(head, set()).add(chars)
-            self._tails.add(tail)
+            self._sums.add(rolling)
             self._hashes.add(sha256)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+
+from a3_engine.processes import Lock
 
 
 @dataclass
 class _Flight:
     """A chunk's lock, and how many hold it or wait for it."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: Lock = field(default_factory=Lock)
     wanted: int = 0
 
 
@@ -21,7 +22,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._flights: dict[str, _Flight] = {}
-        self._changing = threading.Lock()
+        self._changing = Lock()
 
     def of(self, *keys: str) -> ExitStack:
         """Hold these keys until it is closed, in any thread; who holds them does the work."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from a3_engine.chunks.payload import Header, Payload
+from a3_engine.chunks.urls import masked
 
 SECRET_VARIABLE = "A3_STORE_SECRET"
 
@@ -66,7 +67,8 @@ class ChunkStore(Protocol):
 
 
 def _secret() -> bytes | None:
-    return os.environ.get(SECRET_VARIABLE, "").encode() or None
+    found = os.environ.get(SECRET_VARIABLE)
+    return None if found is None else found.encode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -97,5 +99,14 @@ class StoreOptions:
     def __post_init__(self) -> None:
         if self.memory_limit < 0 or self.timeout <= 0:
             raise ValueError("memory_limit must be at least 0 bytes and timeout above 0 seconds.")
-        if self.secret is not None and len(self.secret) < 16:
-            raise ValueError("The store's secret must have at least 16 bytes.")
+        if self.secret is not None and len(self.secret.strip()) < 16:
+            raise ValueError(
+                "The store's secret must have at least 16 bytes beside blanks. Set "
+                f"{SECRET_VARIABLE} to one, or leave it unset: empty is not the same."
+            )
+
+    def __repr__(self) -> str:
+        url = None if self.url is None else masked(self.url)
+        return (
+            f"StoreOptions(url={url!r}, memory_limit={self.memory_limit}, timeout={self.timeout})"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from a3_engine import A3Error, __version__
 from a3_engine.cli import bench, cache, eval, plot
+from a3_engine.cli.reading import InputError
 
 COMMANDS = (eval, plot, bench, cache)
 
@@ -17,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
+    except InputError as error:
+        print(f"a3: {error}", file=sys.stderr)
+        return 2
     except (A3Error, ValueError, OSError, ImportError) as error:
         print(f"a3: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,17 +16,16 @@ from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.chunks.doctor import examine
 from a3_engine.chunks.payload import DamagedPayload, read_header
 from a3_engine.chunks.stand_in import NONE, SHIPPED
-from a3_engine.chunks.store import StoreOptions
+from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli.options import STAND_IN_HELP, stand_in
+from a3_engine.cli.reading import folder, nbytes, seconds, text_of, texts_of_lines
 from a3_engine.engine import A3Engine
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.model.loading import default_cache_dir
 from a3_engine.prompt import Chunk
 
-BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 TEXT_FILES = {".txt", ".md", ".rst"}
 
 
@@ -38,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     def action(name: str, run: object, text: str) -> argparse.ArgumentParser:
         parser = actions.add_parser(name, help=text, description=text)
-        parser.add_argument("--cache-dir", type=Path, help="the engine's; the user's if absent")
+        parser.add_argument("--cache-dir", type=folder, help="the engine's; the user's if absent")
         parser.set_defaults(run=run)
         return parser
 
@@ -52,14 +50,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     evict = action("evict", run_evict, "remove chunks")
     which = evict.add_mutually_exclusive_group(required=True)
     which.add_argument("--tag", help="those with this tag, and their texts")
-    which.add_argument("--older-than", type=_seconds, metavar="AGE", help="unused for 30m, 12h, 7d")
-    which.add_argument("--to-size", type=_bytes, metavar="SIZE", help="down to 500M, 20G, ...")
+    which.add_argument("--older-than", type=seconds, metavar="AGE", help="unused for 30m, 12h, 7d")
+    which.add_argument("--to-size", type=nbytes, metavar="SIZE", help="down to 500M, 20G, ...")
     export = action("export", run_export, "write chunks into an archive for another machine")
     export.add_argument("archive", type=Path)
     export.add_argument("--tag", help="only chunks with this tag")
     take = action("import", run_import, "take over an archive's chunks, each after its checks")
     take.add_argument("archive", type=Path)
-    take.add_argument("--size-limit", type=_bytes, metavar="SIZE")
+    take.add_argument("--size-limit", type=nbytes, metavar="SIZE")
     warm = action("warm", run_warm, "compute and store documents; go on after an interruption")
     warm.add_argument(
         "folder",
@@ -72,7 +70,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
     warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
     warm.add_argument("--stand-in", type=stand_in, default=SHIPPED, help=STAND_IN_HELP)
-    warm.add_argument("--size-limit", type=_bytes, metavar="SIZE")
+    warm.add_argument("--size-limit", type=nbytes, metavar="SIZE")
     warm.add_argument("--store", help="URL of a shared store")
     doctor = action("doctor", run_doctor, "examine the folder, the index and the shared store")
     doctor.add_argument("--store", help="URL of a shared store")
@@ -189,6 +187,11 @@ def run_import(options: argparse.Namespace) -> int:
     for reason in refused:
         print(f"refused {reason}")
     print(f"{count} chunks taken over, {len(refused)} refused.")
+    if StoreOptions().secret is None and count:
+        print(
+            "They are unsigned: whoever made the archive decided what they hold. "
+            f"Set {SECRET_VARIABLE} on both machines to take over your own only."
+        )
     return 1 if refused else 0
 
 
@@ -252,33 +255,18 @@ def _read(options: argparse.Namespace) -> DiskStore:
 def _store(
     options: argparse.Namespace, size_limit: int | None = None, *, readonly: bool = False
 ) -> DiskStore:
-    folder, secret = _folder(options) / "chunks", StoreOptions().secret
-    return DiskStore(folder, size_limit, secret=secret, readonly=readonly)
+    place, secret = _folder(options) / "chunks", StoreOptions().secret
+    return DiskStore(place, size_limit, secret=secret, readonly=readonly)
 
 
-def _documents(folder: Path) -> Iterator[Chunk]:
+def _documents(where: Path) -> Iterator[Chunk]:
     """Chunks of a folder's files, in the order of their names, tagged with their paths."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        tag = path.relative_to(folder).as_posix()
+    for path in sorted(path for path in where.rglob("*") if path.is_file()):
+        tag = path.relative_to(where).as_posix()
         if path.suffix in TEXT_FILES:
-            texts = [path.read_text(encoding="utf-8")]
+            texts = [text_of(path)]
         elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            texts = [json.loads(line)["text"] for line in lines if line.strip()]
+            texts = list(texts_of_lines(path))
         else:
             continue
         yield from (Chunk(text, tag) for text in texts if text.strip())
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 20G")
-    return int(float(found[1]) * BYTES[found[2]])
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 30m, 12h or 7d")
-    return float(found[1]) * SECONDS[found[2]]

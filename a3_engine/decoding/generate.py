@@ -65,8 +65,7 @@ def decode(
 
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        top_k=0,
+        **({"do_sample": True, "top_k": 0} if sampling.temperature > 0 else {"do_sample": False}),
         eos_token_id=ends,
         pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from a3_engine.processes import Lock
+
 _vocabularies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, Any]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class FollowGrammar(LogitsProcessor):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import (
@@ -14,6 +15,32 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+WHOLE = {"max_new_tokens", "top_k", "logprobs", "seed"}
+MOST_LOGPROBS = 1000
+
+
+def number(name: str, value: object, *, whole: bool = False) -> float:
+    """A setting that is a finite number, of whatever library; raises `TypeError`, `ValueError`."""
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {kind}, not {value!r:.40}.")
+    try:
+        read: float = int(value) if whole else float(value)  # type: ignore[call-overload]
+        exact = not whole or bool(read == value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name} is {kind}, not {value!r:.40}: {error}.") from error
+    if not exact or not math.isfinite(read):
+        raise ValueError(f"{name} is {kind}, not {value!r:.40}.")
+    return read
+
+
+def _strings(name: str, stop: object) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else stop
+    found = tuple(texts) if isinstance(texts, Iterable) else (None,)
+    if not all(isinstance(text, str) for text in found):
+        raise TypeError(f"{name} is a text or a list of texts, not {stop!r:.40}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,8 @@ class Sampling:
         The answer ends before the first of these.
     grammar : str or None
         What the answer must follow; see :class:`~a3_engine.decoding.grammar.FollowGrammar`.
+    shown : tuple of str
+        Control tokens that count as text of the answer, such as the marks of tool calls.
     seed : int or None
         Of the random numbers: the same request with the same seed has the same answer. Where None,
         torch's own seed decides, and a request that comes again has other numbers.
@@ -51,8 +80,23 @@ class Sampling:
     grammar: str | None = None
     logprobs: int | None = None
     seed: int | None = None
+    shown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        """Read what callers give: None is a setting's default, and one string is one stop."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                value = field.default
+            elif field.name in ("stop", "shown"):
+                value = _strings(field.name, value)
+            elif field.name == "grammar":
+                if not isinstance(value, str):
+                    raise TypeError(f"grammar is a text, not {type(value).__name__}.")
+            else:
+                whole = field.name in WHOLE
+                value = number(field.name, value, whole=whole)
+            object.__setattr__(self, field.name, value)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0:
@@ -63,8 +107,10 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}.")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs must not be negative, as {self.logprobs} is.")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs lies from 0 to {MOST_LOGPROBS}, not at {self.logprobs}.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit into 64 bits, which {self.seed} does not.")
 
     def processors(self, before_sampling: Sequence[LogitsProcessor]) -> LogitsProcessorList:
         """What logits go through, in transformers' order, with a request's own in their place."""

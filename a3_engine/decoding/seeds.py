@@ -8,17 +8,18 @@ that sets torch's seed gets the same answers again, also to requests at once.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 
 import torch
+
+from a3_engine.processes import Lock
 
 
 class Seeds:
     """The seeds of one engine's requests."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._state: bytes | None = None
         self._base = 0
         self._asked: dict[bytes, int] = {}

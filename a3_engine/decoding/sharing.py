@@ -16,6 +16,7 @@ from a3_engine.decoding.reply import Reply
 from a3_engine.fusion.fuse import arguments
 from a3_engine.model.computing import Computing
 from a3_engine.model.devices import input_device
+from a3_engine.processes import make_anew_in_child
 
 
 class SharedDecoding:
@@ -39,10 +40,14 @@ class SharedDecoding:
         self._device = input_device(model)
         self.computing = Computing.on(self._device)
         self.settings = model.generation_config
+        self._renew()
+        make_anew_in_child(self._renew)
+
+    def _renew(self) -> None:
         self._meeting = threading.Condition()
         self._replies: list[Reply] = []
         self._led = False
-        self._graphs = GraphedSteps(model)
+        self._graphs = GraphedSteps(self._model)
 
     def run(self, reply: Reply) -> None:
         """Prefill a reply, and decode it to its end; one thread of those that wait leads."""

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from a3_engine.processes import Lock, end_at_exit
 from a3_engine.report import FusionReport
 
 Emit = Callable[[str], None]
 Work = Callable[[Emit, Callable[[], bool]], FusionReport]
 Item = str | FusionReport | BaseException
+END_S = 60.0  # for what is being computed when the program ends
+
+_running: set[tuple[threading.Thread, threading.Event]] = set()
+_changing = Lock()
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,26 @@ def _start(work: Work, sink: Callable[[Item], None]) -> threading.Event:
         except BaseException as error:  # handed to whoever reads the stream
             sink(error)
 
-    threading.Thread(target=run, name="a3-generate", daemon=True).start()
+    thread = threading.Thread(target=run, name="a3-generate", daemon=True)
+    with _changing:
+        _running.difference_update({held for held in _running if not held[0].is_alive()})
+        thread.start()
+        _running.add((thread, abandoned))
     return abandoned
+
+
+def _abandon_all() -> None:
+    """When the program ends: a thread must not be cut off inside torch."""
+    with _changing:
+        running = set(_running)
+    for _, abandoned in running:
+        abandoned.set()
+    deadline = time.monotonic() + END_S
+    for thread, _ in running:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+end_at_exit(_abandon_all)
 
 
 class TokenStream(Iterator[str]):

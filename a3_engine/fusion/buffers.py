@@ -7,12 +7,13 @@ virtual machine, whose host has taken the pages.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 
 import numpy as np
 import torch
+
+from a3_engine.processes import Lock
 
 KEPT_BYTES = 2**29
 ALIGNMENT = 64  # bytes, as torch aligns its own
@@ -30,7 +31,7 @@ class Buffers:
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self._limit = limit
         self._free: dict[int, list[np.ndarray]] = {}  # by bytes
-        self._lock = threading.Lock()
+        self._lock = Lock()
         # A block may come back in the middle of anything, also of what holds the lock.
         self._returned: deque[np.ndarray] = deque()
 

@@ -12,7 +12,6 @@ only.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.processes import Lock
 
 MAX_TURNS = 4  # a few conversations, or a few branches of one
 MAX_BYTES = 2**30
@@ -88,7 +88,7 @@ class Turns:
     def __init__(self, max_turns: int = MAX_TURNS, max_bytes: int = MAX_BYTES) -> None:
         self._max_turns, self._max_bytes = max_turns, max_bytes
         self._turns: list[Turn] = []  # the one used last is the last
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._closed = False
 
     def keep(self, ids: Sequence[int], n_prompt: int, selector: Selector, cache: Cache) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
+
+from a3_engine.processes import Lock, end_at_exit, make_anew_in_child
 
 Result = TypeVar("Result")
 
 _by_device: dict[str, Computing] = {}
-_making = threading.Lock()
+_making = Lock()
+END_S = 60.0  # for what is being computed when the program ends
 
 
 def _ending_helpers() -> Callable[[], object]:
@@ -45,9 +50,13 @@ class Computing:
     """
 
     def __init__(self) -> None:
+        self._renew()
+        make_anew_in_child(self._renew)
+
+    def _renew(self) -> None:
         self._turn = threading.Lock()
         self._holder: int | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._worker: _Worker | None = None
 
     @staticmethod
     def on(device: torch.device) -> Computing:
@@ -62,26 +71,80 @@ class Computing:
         """
         if threading.get_ident() == self._holder:
             return work()
-        if self._pool is None and threading.current_thread() is threading.main_thread():
+        if self._worker is None and threading.current_thread() is threading.main_thread():
             try:
                 return self._take(work)
             finally:
                 if rest:
                     self.rest()
         with _making:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, "a3-compute")
-        return self._pool.submit(self._take, work).result()
+            if self._worker is None:
+                self._worker = _Worker()
+        return self._worker.run(lambda: self._take(work))
 
     def rest(self) -> None:
         """Leave the processors to whatever thread computes next."""
         if threading.current_thread() is threading.main_thread():
             _end_helpers()
 
+    def end(self) -> None:
+        """Let what is being computed come to its end, and its thread too."""
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
     def _take(self, work: Callable[[], Result]) -> Result:
-        with self._turn, torch.inference_mode():
+        with self._turn, torch.inference_mode(), undisturbed():
             self._holder = threading.get_ident()
             try:
                 return work()
             finally:
                 self._holder = None
+
+
+class _Worker:
+    """A thread that does one piece of work after the other, also while the interpreter ends."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._go_on, name="a3-compute", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        future: Future[Any] = Future()
+        self._work.put((work, future))
+        result: Result = future.result()
+        return result
+
+    def end(self) -> None:
+        self._work.put(None)
+        self._thread.join(END_S)
+
+    def _go_on(self) -> None:
+        while (item := self._work.get()) is not None:
+            work, future = item
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            del item, work, future  # not held on to until the next one comes
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """torch as a thread of its own finds it: without the caller's autocast and default device."""
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _end_all() -> None:
+    for computing in _by_device.values():
+        computing.end()
+
+
+end_at_exit(_end_all)

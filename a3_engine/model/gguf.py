@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from a3_engine.errors import ModelLoadError
+from a3_engine.owners import why_not_ours_alone
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +67,26 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
     if not gguf.is_file():
         raise ModelLoadError(f"There is no GGUF file at {gguf}. Check the path.")
     folder = cache_dir / "models" / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         if _intact(folder):
+            for path in (folder.parent, folder, *folder.iterdir()):
+                if (why := why_not_ours_alone(path, roots_too=True)) is not None:
+                    raise ModelLoadError(f"The unpacked model is not used, since {why}.")
             return folder
         logger.warning("The unpacked model at %s is damaged and is made again.", folder)
         shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    # A new file and folder get a mode by the program's umask, which may let others write.
+    if folder.parent.stat().st_uid == os.getuid():
+        folder.parent.chmod(0o700)
     logger.info("Unpacking %s once into %s.", gguf.name, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
         made = Path(temporary) / "model"
         try:
             with LOADING:
                 _unpack(gguf, made)
+            for path in (made, *made.iterdir()):
+                path.chmod(0o700 if path is made else 0o600)
         except Exception as error:  # the readers' own errors are of many kinds
             raise ModelLoadError(f"{gguf} cannot be read as a GGUF model: {error}") from error
         try:
@@ -106,10 +115,13 @@ def unpacked(model: str, cache_dir: Path) -> Path | None:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
+        trust_remote_code=False,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from a3_engine.errors import ModelLoadError, StoreError, shortened
 from a3_engine.model.devices import best_device, default_dtype
@@ -137,12 +139,43 @@ def known_context_window(model: str, cache_dir: Path) -> int | None:
 
     Nothing is fetched and no weights are read. A GGUF file has to have been unpacked before.
     """
-    folder = unpacked(model, cache_dir) if is_gguf(model) else Path(model).expanduser()
-    if folder is None:
+    location = _known_location(model, cache_dir)
+    if location is None:
         return None
-    location = str(folder) if folder.exists() else model
     try:
-        config = AutoConfig.from_pretrained(location, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            location, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def known_to_chat(model: str, cache_dir: Path) -> bool | None:
+    """Whether a model has a chat template, if its tokenizer's files are on this machine already."""
+    location = _known_location(model, cache_dir)
+    if location is None:
+        return None
+    try:
+        settings, template = (
+            cached_file(
+                location,
+                name,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in ("tokenizer_config.json", "chat_template.jinja")
+        )
+        if template is not None or settings is None:
+            return None if settings is None else True
+        return bool(json.loads(Path(settings).read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _known_location(model: str, cache_dir: Path) -> str | None:
+    folder = unpacked(model, cache_dir) if is_gguf(model) else Path(model).expanduser()
+    if folder is None:
+        return None
+    return str(folder) if folder.exists() else model

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
+from a3_engine.owners import why_not_ours_alone
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "A3_NATIVE"  # set to 0, everything is left to torch
@@ -137,6 +139,5 @@ def _sha256(path: Path) -> str:
 
 def _refuse_others(path: Path) -> None:
     """Code is loaded only from where nobody else can write."""
-    found = path.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022 or path.is_symlink():
-        raise OSError(f"{path} can be written by others; remove it, or make it yours alone")
+    if (why := why_not_ours_alone(path)) is not None:
+        raise OSError(why)

@@ -31,9 +31,9 @@ from pydantic import Field
 
 from a3_engine import FusionReport, Prompt
 from a3_engine.model.loading import default_cache_dir, known_context_window
-from a3_engine.tools import CallReader
+from a3_engine.tools import MARKS, CallReader
 from a3_integrations.langchain.messages import to_engine
-from a3_integrations.langchain.settings import A3Settings, about, usage
+from a3_integrations.langchain.settings import A3Settings, about, langchains_errors, usage
 from a3_integrations.langchain.tools import (
     chosen,
     closing_chunk,
@@ -115,7 +115,7 @@ class ChatA3(A3Settings, BaseChatModel):
             attachment=False,
             temperature=True,
         )
-        if window := known_context_window(name, folder):
+        if window := given.known_window if given else known_context_window(name, folder):
             profile["max_input_tokens"] = window
         return profile
 
@@ -129,7 +129,10 @@ class ChatA3(A3Settings, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         request = self._request(messages, stop, kwargs)
-        with self.engine.stream(request.prompt, **request.options) as stream:
+        with (
+            langchains_errors(),
+            self.engine.stream(request.prompt, **request.options) as stream,
+        ):
             for piece in stream:
                 if chunk := _chunk(request.reader, piece):
                     if run_manager:
@@ -151,11 +154,12 @@ class ChatA3(A3Settings, BaseChatModel):
         request = await run_in_executor(None, self._request, messages, stop, kwargs)
         stream = await self.engine.astream(request.prompt, **request.options)
         try:
-            async for piece in stream:
-                if chunk := _chunk(request.reader, piece):
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+            with langchains_errors():
+                async for piece in stream:
+                    if chunk := _chunk(request.reader, piece):
+                        if run_manager:
+                            await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                        yield chunk
         finally:
             stream.close()
         assert stream.report is not None
@@ -269,7 +273,11 @@ class ChatA3(A3Settings, BaseChatModel):
     ) -> int:
         """Tokens of the whole prompt that these messages make, template included."""
         schemas = [to_schema(tool) for tool in tools or ()]
-        return self.engine.runtime.planner.plan(to_engine(messages), tools=schemas).n_tokens
+        if not messages:
+            return 0
+        return self.engine.runtime.planner.plan(
+            to_engine(messages), tools=schemas, blank=True
+        ).n_tokens
 
     def _request(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
@@ -282,7 +290,8 @@ class ChatA3(A3Settings, BaseChatModel):
         tools = [] if choice == "none" else [to_schema(tool) for tool in tools]
         options = self._options(stop, kwargs)
         options["grammar"] = grammar(tools, choice, form)
-        prompt = self.engine.runtime.planner.plan(to_engine(messages), tools=tools)
+        options["shown"] = MARKS if tools else ()
+        prompt = self.engine.runtime.planner.plan(to_engine(messages), tools=tools, blank=True)
         names = [tool["function"]["name"] for tool in tools]
         return Request(prompt, options, CallReader(names) if tools else None)
 

@@ -13,6 +13,7 @@ from typing import Any
 from langchain_core.documents import Document
 
 from a3_engine import Chunk
+from a3_engine.blocks import said
 
 Part = str | Chunk
 
@@ -100,29 +101,9 @@ def _part(block: str | dict[str, Any]) -> tuple[Part, bool]:
     """A block's text or chunk, and whether it has to stand by itself."""
     if isinstance(block, str):
         return block, False
-    kind = block.get("type")
-    if kind == "text":
-        return block["text"], False
-    if kind == "text-plain" and "text" in block:
+    if block.get("type") == "text-plain" and isinstance(block.get("text"), str):
         verbatim = (block.get("extras") or {}).get("verbatim", False)
         text = block["text"].strip()
         return (Chunk(text, block.get("id")) if text else ""), not verbatim
-    if kind in SILENT:
-        return "", False
-    raise ValueError(
-        f"This model reads text; a {kind!r} block has none. Load its text and pass it as "
-        '{"type": "text-plain", "mime_type": "text/plain", "text": ...}.'
-    )
-
-
-# Said elsewhere in the message (calls), or not meant to be read again (reasoning).
-SILENT = {
-    "tool_call",
-    "tool_use",
-    "invalid_tool_call",
-    "tool_call_chunk",
-    "input_json_delta",
-    "reasoning",
-    "thinking",
-    "redacted_thinking",
-}
+    part = said(block)
+    return part, isinstance(part, Chunk)

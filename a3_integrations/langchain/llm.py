@@ -17,7 +17,14 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables.config import ContextThreadPoolExecutor, run_in_executor
 
 from a3_engine import FusionReport
-from a3_integrations.langchain.settings import ALIASES, PER_CALL, A3Settings, about, usage
+from a3_integrations.langchain.settings import (
+    ALIASES,
+    PER_CALL,
+    A3Settings,
+    about,
+    langchains_errors,
+    usage,
+)
 
 AT_ONCE = 8  # prompts of one batch; each holds a cache
 
@@ -61,6 +68,7 @@ class A3LLM(A3Settings, BaseLLM):
         """A call's own settings, and the rest."""
         given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
         others = {name: given.pop(name) for name in set(given) - set(PER_CALL)}
+        given = {name: value for name, value in given.items() if value is not None}
         return given if stop is None else given | {"stop": stop}, others
 
     def _with(self, settings: dict[str, Any]) -> A3LLM:
@@ -75,7 +83,10 @@ class A3LLM(A3Settings, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         request = self.engine.runtime.planner.plan_raw(prompt)
-        with self.engine.stream(request, **self._options(stop, kwargs)) as stream:
+        with (
+            langchains_errors(),
+            self.engine.stream(request, **self._options(stop, kwargs)) as stream,
+        ):
             for piece in stream:
                 chunk = GenerationChunk(text=piece)
                 if run_manager:
@@ -93,11 +104,12 @@ class A3LLM(A3Settings, BaseLLM):
         request = await run_in_executor(None, lambda: self.engine.runtime.planner.plan_raw(prompt))
         stream = await self.engine.astream(request, **self._options(stop, kwargs))
         try:
-            async for piece in stream:
-                chunk = GenerationChunk(text=piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
+            with langchains_errors():
+                async for piece in stream:
+                    chunk = GenerationChunk(text=piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(piece, chunk=chunk)
+                    yield chunk
         finally:
             stream.close()
         yield _last_chunk(stream.report)

@@ -7,7 +7,7 @@ documents become chunks: from ``text-plain`` blocks, and from the artifact of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from langchain_core.documents import Document
 from langchain_core.messages import (
@@ -82,7 +82,22 @@ def _documents(message: BaseMessage) -> list[Document]:
     artifact = getattr(message, "artifact", None)
     if not isinstance(artifact, list):
         return []
-    return [item for item in artifact if isinstance(item, Document)]
+    found = [_document(item) for item in artifact]
+    return [document for document in found if document is not None]
+
+
+def _document(item: object) -> Document | None:
+    """A document, also one that came back from a checkpoint as plain values."""
+    if isinstance(item, Document):
+        return item
+    if not isinstance(item, Mapping) or not isinstance(item.get("page_content"), str):
+        return None
+    metadata, name = item.get("metadata"), item.get("id")
+    return Document(
+        page_content=item["page_content"],
+        metadata=dict(metadata) if isinstance(metadata, Mapping) else {},
+        id=name if isinstance(name, str) else None,
+    )
 
 
 def _calls(message: BaseMessage) -> Sequence[ToolCall]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakValueDictionary
 
+from langchain_core import exceptions as langchain_exceptions
 from langchain_core.documents import Document
 from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,8 +16,10 @@ from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
+from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.shared import is_shared, shared_engine
 from a3_integrations.langchain.documents import chunk_of
 
 # What decides about model and store; the other settings are the request's.
@@ -52,8 +54,20 @@ ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequence
 # Settings of hosted models that chains and tests pass to any model; they say nothing here.
 HOSTED = {"api_key", "base_url", "max_retries", "timeout", "stream_usage"}
 
-_engines: WeakValueDictionary[tuple[Any, ...], A3Engine] = WeakValueDictionary()
-_engines_lock = threading.Lock()
+
+class A3ContextOverflowError(ContextOverflowError, langchain_exceptions.ContextOverflowError):
+    """The engine's error, and LangChain's: middleware that shortens histories goes by that."""
+
+
+@contextmanager
+def langchains_errors() -> Iterator[None]:
+    """The engine's errors as those that LangChain's own parts look for."""
+    try:
+        yield
+    except A3ContextOverflowError:
+        raise
+    except ContextOverflowError as error:
+        raise A3ContextOverflowError(str(error)) from error
 
 
 class A3Settings(BaseModel):
@@ -123,6 +137,14 @@ class A3Settings(BaseModel):
         if not isinstance(values, dict):
             return values
         values = {ALIASES.get(name, name): value for name, value in values.items()}
+        # None is not given, as in other models.
+        values = {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in PER_CALL
+        }
+        if isinstance(values.get("stop"), str):
+            values["stop"] = [values["stop"]]
         if unknown := set(values) - set(cls.model_fields) - HOSTED:
             raise ValueError(
                 f"{cls.__name__} has no setting {', '.join(sorted(unknown))}; "
@@ -136,7 +158,7 @@ class A3Settings(BaseModel):
         if self.compression is not None:
             make_compression(self.compression, self.keep)
         given = self.engine
-        if given is None or given is _engines.get(self._recipe()):
+        if given is None or is_shared(given, **self._recipe()):
             self.engine = self._shared()
             return self
         fields = type(self).model_fields
@@ -187,14 +209,14 @@ class A3Settings(BaseModel):
         return True
 
     def to_json(self) -> Any:
-        if self.engine is _engines.get(self._recipe()):
+        if is_shared(self.engine, **self._recipe()):
             return super().to_json()  # type: ignore[misc]
         return self.to_json_not_implemented()  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[Any, Any]:
         """Settings travel; an engine made from them is made, or found, anew."""
         state = super().__getstate__()
-        if self.engine is _engines.get(self._recipe()):
+        if is_shared(self.engine, **self._recipe()):
             state["__dict__"] = state["__dict__"] | {"engine": None}
         return state
 
@@ -207,18 +229,12 @@ class A3Settings(BaseModel):
         """A copy that shares the engine."""
         return super().__deepcopy__((memo or {}) | {id(self.engine): self.engine})
 
-    def _recipe(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in OF_ENGINE)
+    def _recipe(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OF_ENGINE}
 
     def _shared(self) -> A3Engine:
         """The engine for these settings; one for all objects that have the same."""
-        with _engines_lock:
-            engine = _engines.get(self._recipe())
-            if engine is None:
-                settings = {name: getattr(self, name) for name in OF_ENGINE}
-                engine = A3Engine.from_pretrained(settings.pop("model"), **settings)
-                _engines[self._recipe()] = engine
-            return engine
+        return shared_engine(**self._recipe())
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -243,6 +259,7 @@ class A3Settings(BaseModel):
                 f"{type(self).__name__} takes no {', '.join(sorted(unknown))} for a call; "
                 f"it takes {', '.join(PER_CALL)}."
             )
+        given = {name: value for name, value in given.items() if value is not None}
         options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         options["max_new_tokens"] = options.pop("max_tokens")
         n_top = options.pop("top_logprobs")

@@ -13,6 +13,7 @@ from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json_schema import dereference_refs
+from pydantic import BaseModel
 
 from a3_engine.messages import ToolCall
 from a3_engine.tools import CallReader, Malformed, Tool, call_grammar, json_grammar
@@ -22,7 +23,15 @@ ID_CHARACTERS = string.ascii_letters + string.digits
 
 def to_schema(tool: dict[str, Any] | type | Callable[..., Any] | BaseTool) -> Tool:
     """A tool as a function schema without references."""
-    return _without_references(convert_to_openai_tool(tool))
+    schema = convert_to_openai_tool(tool)
+    model = getattr(tool, "tool_call_schema", tool)
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        whole = model.model_json_schema()
+        if any(_leads_back(whole.get("$defs", {}), name) for name in whole.get("$defs", {})):
+            # LangChain leaves an empty schema where something holds itself.
+            parameters = {k: v for k, v in whole.items() if k not in ("title", "description")}
+            schema = schema | {"function": schema["function"] | {"parameters": parameters}}
+    return _without_references(schema)
 
 
 def chosen(tools: Sequence[Tool], choice: Any) -> list[Tool] | None:
@@ -125,5 +134,30 @@ def _without_references(schema: dict[str, Any]) -> dict[str, Any]:
         function = schema["function"]
         parameters = _without_references(function.get("parameters", {}))
         return schema | {"function": function | {"parameters": parameters}}
+    if "definitions" in schema and "$defs" not in schema:
+        text = json.dumps(schema).replace("#/definitions/", "#/$defs/")
+        schema = json.loads(text)
+        schema["$defs"] = schema.pop("definitions")
+    if any(_leads_back(schema.get("$defs", {}), name) for name in schema.get("$defs", {})):
+        return schema  # of what holds itself no copy without references can be made
     inlined = dereference_refs(schema)
-    return {key: value for key, value in inlined.items() if key not in ("$defs", "definitions")}
+    return {key: value for key, value in inlined.items() if key != "$defs"}
+
+
+def _leads_back(definitions: dict[str, Any], name: str) -> bool:
+    """Whether a definition refers to itself, through others too."""
+    seen: set[str] = set()
+    ahead = [definitions[name]]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, list):
+            ahead += value
+        elif isinstance(value, dict):
+            target = str(value.get("$ref", "")).removeprefix("#/$defs/")
+            if target == name:
+                return True
+            if target in definitions and target not in seen:
+                seen.add(target)
+                ahead.append(definitions[target])
+            ahead += value.values()
+    return False

@@ -16,6 +16,7 @@ from langchain_core.runnables.config import run_in_executor
 from langchain_core.vectorstores import VectorStore
 
 from a3_engine import Chunk
+from a3_integrations.langchain.documents import tag_of
 from a3_integrations.langchain.settings import A3Settings
 
 
@@ -87,8 +88,11 @@ class A3VectorStore(VectorStore):
             await run_in_executor(None, self._evict, ids)
         return done
 
-    def _precompute(self, documents: Sequence[Document], ids: Sequence[str]) -> None:
-        chunks = [Chunk(d.page_content, tag) for d, tag in zip(documents, ids, strict=True)]
+    def _precompute(self, documents: Sequence[Document], ids: Sequence[str] | None) -> None:
+        tags: Sequence[str | None] = ids or ()
+        if len(tags) != len(documents):  # a store that tells no ids; the documents may have some
+            tags = [tag_of(document) for document in documents]
+        chunks = [Chunk(d.page_content, tag) for d, tag in zip(documents, tags, strict=True)]
         self.llm.engine.precompute(chunks, progress=self.show_progress)
 
     def _evict(self, ids: Sequence[str] | None) -> None:

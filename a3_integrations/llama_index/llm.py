@@ -29,14 +29,15 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 
-from a3_engine import A3Engine, FusionReport, Message
+from a3_engine import A3Engine, FusionReport
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
-from a3_integrations.llama_index.responses import chat_response, completion_response, text_of
+from a3_engine.shared import shared_engine
+from a3_integrations.llama_index.responses import chat_response, completion_response, to_engine
 
 # Names that callers of other LLMs use for our settings.
 ALIASES = {"max_tokens": "max_new_tokens"}
@@ -140,6 +141,10 @@ class A3LLM(LLM):
                 f"A3LLM has no field {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(type(self).model_fields)}."
             )
+        # None is not given, as in other LLMs.
+        fields = {n: value for n, value in fields.items() if value is not None or n not in PER_CALL}
+        if isinstance(fields.get("stop"), str):
+            fields["stop"] = [fields["stop"]]
         # What is unknown fails here.
         choose_selector(fields.get("selector"), fields.get("ratio"), fields.get("quality"))
         if fields.get("compression") is not None:
@@ -154,8 +159,8 @@ class A3LLM(LLM):
                 )
             model = engine.name
         super().__init__(model=model or DEMO_MODEL, **fields)
-        self._engine = engine or A3Engine.from_pretrained(
-            self.model, **{name: getattr(self, name) for name in OF_ENGINE}
+        self._engine = engine or shared_engine(
+            **{name: getattr(self, name) for name in ("model", *OF_ENGINE)}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -188,10 +193,11 @@ class A3LLM(LLM):
 
     @property
     def metadata(self) -> LLMMetadata:
+        window, chats = self._engine.outline
         return LLMMetadata(
-            context_window=self._engine.context_window,
+            context_window=window,
             num_output=self.max_new_tokens,
-            is_chat_model=bool(self._engine.runtime.tokenizer.chat_template),
+            is_chat_model=chats,
             model_name=self._engine.name,
         )
 
@@ -255,7 +261,10 @@ class A3LLM(LLM):
     def _from_messages(self, messages: Sequence[ChatMessage]) -> Request:
         if self.messages_to_prompt not in (None, generic_prompt):
             return self._engine.runtime.planner.plan_raw(self.messages_to_prompt(messages))
-        return [Message(message.role.value, text_of(message)) for message in messages]
+        # An empty conversation, too, is the template's to show.
+        return self._engine.runtime.planner.plan(
+            [to_engine(message) for message in messages], blank=True
+        )
 
     def _from_prompt(self, prompt: str, formatted: bool) -> Request:
         if not formatted and self.completion_to_prompt is not None:
@@ -271,6 +280,7 @@ class A3LLM(LLM):
                 f"A3LLM takes no {', '.join(sorted(unknown))} for a call; "
                 f"it takes {', '.join(PER_CALL)}."
             )
+        given = {name: value for name, value in given.items() if value is not None}
         options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None

@@ -2,30 +2,88 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
     CompletionResponse,
+    DocumentBlock,
     LogProb,
     MessageRole,
     TextBlock,
+    ToolCallBlock,
 )
 
-from a3_engine import FusionReport
+from a3_engine import Chunk, FusionReport, Message
+from a3_engine.messages import ToolCall
 
 
-def text_of(message: ChatMessage) -> str:
-    """What a message says; `ValueError` where a block of it is no text."""
-    texts = []
+def to_engine(message: ChatMessage) -> Message:
+    """The same message for the engine; `ValueError` where a part of it is no text."""
+    parts: list[str | Chunk] = []
+    calls = _calls(message.additional_kwargs.get("tool_calls") or ())
+    own_calls = []
     for block in message.blocks:
-        if not isinstance(block, TextBlock):
+        if isinstance(block, ToolCallBlock):
+            own_calls.append(_call(block.tool_name, block.tool_kwargs, block.tool_call_id))
+            continue
+        part = _said(block)
+        if part != "":
+            parts += ["\n"] * bool(parts) + [part]
+    name, of = (message.additional_kwargs.get(key) for key in ("name", "tool_call_id"))
+    return Message(
+        message.role.value,
+        parts or "",
+        tool_calls=own_calls or calls,
+        name=name if isinstance(name, str) else None,
+        tool_call_id=of if isinstance(of, str) else None,
+    )
+
+
+def _said(block: Any) -> str | Chunk:
+    if isinstance(block, TextBlock):
+        return block.text
+    if isinstance(block, DocumentBlock):
+        try:
+            data = block.resolve_document().read()
+            return Chunk(data.decode(), block.title) if data else ""
+        except (ValueError, OSError) as error:
             raise ValueError(
-                f"A3LLM reads text; a {block.block_type!r} block has none. Turn it into text first."
-            )
-        texts.append(block.text)
-    return "\n".join(texts)
+                f"A3LLM reads text; the document {block.title!r} is none. Turn it into text first."
+            ) from error
+    inner = getattr(block, "content", None) or getattr(block, "cited_content", None)
+    if isinstance(inner, list):
+        return "\n".join(text for text in map(_said, inner) if isinstance(text, str) and text)
+    kind = getattr(block, "block_type", type(block).__name__)
+    if any(kind == other for other in ("image", "audio", "video")):
+        raise ValueError(f"A3LLM reads text; a {kind!r} block has none. Turn it into text first.")
+    return ""  # thinking, marks
+
+
+def _calls(given: Iterable[Any]) -> list[ToolCall]:
+    """Calls as memories keep them: OpenAI's, as objects or as plain values."""
+    calls = []
+    for item in given:
+        call = item if isinstance(item, Mapping) else getattr(item, "__dict__", {})
+        function = call.get("function", call)
+        function = function if isinstance(function, Mapping) else function.__dict__
+        if isinstance(name := function.get("name"), str):
+            calls.append(_call(name, function.get("arguments"), call.get("id")))
+    return calls
+
+
+def _call(name: str, arguments: Any, call_id: Any) -> ToolCall:
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            arguments = {"arguments": arguments}
+    return ToolCall(
+        name, arguments if isinstance(arguments, Mapping) else {}, str(call_id) if call_id else ""
+    )
 
 
 def _raw(report: FusionReport | None) -> dict[str, Any] | None:

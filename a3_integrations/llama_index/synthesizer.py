@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llama_index.core import PromptHelper, Settings
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.llms import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.prompt_utils import get_biggest_prompt
 from llama_index.core.response_synthesizers import CompactAndRefine
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType
 
-from a3_engine import Chunk
+from a3_engine import Chunk, Message
 from a3_integrations.llama_index.llm import A3LLM, finished
 
 SEPARATOR = "\n\n"  # as CompactAndRefine joins nodes
@@ -65,6 +67,9 @@ class A3Synthesizer(CompactAndRefine):
             options["prompt_helper"] = PromptHelper.from_llm_metadata(
                 own.metadata, tokenizer=own.engine.runtime.planner.tokenize_text
             )
+        if options.get("callback_manager") is None and not own.callback_manager.handlers:
+            # Stock query engines hand theirs on; token counters and tracers listen there.
+            options["callback_manager"] = Settings.callback_manager
         super().__init__(llm=llm, **options)
 
     def synthesize(
@@ -93,14 +98,28 @@ class A3Synthesizer(CompactAndRefine):
             template.partial_format(query_str=query_str)
             for template in (self._text_qa_template, self._refine_template)
         ]
+        prompt = get_biggest_prompt(prompts)
+        texts = [text for text in (text.strip() for text in text_chunks) if text]
+        groups = self._grouped(prompt, texts, self._response_padding_size)
+        if len(groups) > 1:
+            # A later part's prompt holds the answer so far too, and the chat template's own tokens.
+            template = self._engine.plan([Message("user", "x")]).n_tokens
+            answer = max(self._response_padding_size, self._llm.metadata.num_output)
+            with suppress(ValueError):  # a window too small for that; the former parts may do
+                groups = self._grouped(prompt, texts, answer + template)
+        return [SEPARATOR.join(group) for group in groups]
+
+    def _grouped(
+        self, prompt: BasePromptTemplate, texts: Sequence[str], padding: int
+    ) -> list[list[str]]:
         splitter = self._prompt_helper.get_text_splitter_given_prompt(
-            get_biggest_prompt(prompts), padding=self._response_padding_size, llm=self._llm
+            prompt, padding=padding, llm=self._llm
         )
         count = self._engine.runtime.planner.tokenize_text
         between = len(count(SEPARATOR))
         groups: list[list[str]] = []
         room = 0
-        for text in filter(None, (text.strip() for text in text_chunks)):
+        for text in texts:
             for piece in splitter.split_text(text):
                 needed = len(count(piece)) + between
                 if not groups or needed > room:
@@ -108,7 +127,7 @@ class A3Synthesizer(CompactAndRefine):
                     room = splitter.chunk_size + between
                 groups[-1].append(piece)
                 room -= needed
-        return [SEPARATOR.join(group) for group in groups]
+        return groups
 
 
 def _with_report(response: RESPONSE_TYPE) -> RESPONSE_TYPE:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from a3_engine.chunks.catalogue import ANCHOR, Catalogue
+from a3_engine.chunks.known import Rolling
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.prompt import Chunk, Message, PromptPlanner
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
@@ -236,3 +238,30 @@ def test_the_last_of_several_documents_is_found(known, between):
     text = "".join(between.format(n) + text for n, text in enumerate(texts)) + f"\n\n{ASK}"
     prompt = plans.plan([Message("user", text)])
     assert [s.text for s in prompt.segments if s.kind == "chunk"] == texts
+
+
+ROW = "-----+" * 6 + "\n"
+
+
+@pytest.mark.parametrize("end", ["", "=", "=\n" + ROW * 40])
+def test_a_text_that_repeats_itself_is_searched_in_time(known, end):
+    """Tables and rules: everything in them begins like a stored text."""
+    stored = [ROW * n + end for n in (40, 60, 80)]
+    stored += [ROW * 30 + f"{n} ends here." for n in range(50)]
+    catalogue = known(*stored)
+    text = ROW * 5000 + "!"
+    started = time.process_time()
+    matches = found(catalogue, text)
+    assert time.process_time() - started < 8
+    assert set(matches) <= set(stored)
+    assert bool(matches) == (end == "")
+
+
+def test_rolling_sums_are_equal_for_equal_parts():
+    text = f"{LAMP}🙂{SHORE} {LAMP}\ud800{SHORE}"
+    sums = Rolling(text)
+    for start in range(0, len(text), 7):
+        for stop in range(start, len(text) + 1, 11):
+            part = text[start:stop]
+            assert sums.of(start, stop) == Rolling(part).of(0, len(part))
+    assert sums.of(0, 20) != sums.of(1, 21)

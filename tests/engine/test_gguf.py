@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -152,3 +153,28 @@ def test_a_name_close_to_the_demo_models_is_not_looked_for_elsewhere(tmp_path):
         load_model("smollm2-135m", cache_dir=tmp_path)
     with pytest.raises(ModelLoadError, match="Check the path"):
         load_model("./nowhere", cache_dir=tmp_path)
+
+
+def test_weights_that_others_may_have_written_are_not_run(file, tmp_path):
+    """Planted before the first start, in a folder that everybody can write, with its own sums."""
+    folder = dequantized(file, tmp_path / "cache")
+    assert {path.stat().st_mode & 0o077 for path in (folder.parent, folder, *folder.iterdir())} == {
+        0
+    }
+    weights = folder / "model.safetensors"
+    for path, mode in ((folder.parent, 0o777), (folder, 0o777), (weights, 0o666)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        with pytest.raises(ModelLoadError, match="others"):
+            dequantized(file, tmp_path / "cache")
+        path.chmod(before)
+    if os.geteuid() == 0:
+        os.chown(weights, 65534, 65534)
+        with pytest.raises(ModelLoadError, match="others"):
+            dequantized(file, tmp_path / "cache")
+        os.chown(weights, 0, 0)
+    assert dequantized(file, tmp_path / "cache") == folder
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    with pytest.raises(ModelLoadError, match="link"):
+        dequantized(file, tmp_path / "cache")

@@ -273,7 +273,7 @@ def test_only_a_library_that_nobody_else_can_write_is_loaded(dtype, tmp_path, mo
         with pytest.raises(OSError, match="others"):
             build._compiled("g++", flags)
         open_to_all.chmod(mode)
-    monkeypatch.setattr(build.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(OSError, match="others"):
         build._compiled("g++", flags)
 

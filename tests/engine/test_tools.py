@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.messages import Chunk, Message, ToolCall
 from a3_engine.prompt import PromptPlanner
-from a3_engine.tools import CallReader, call_grammar, json_grammar
+from a3_engine.tools import MARKS, CallReader, call_grammar, json_grammar
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -196,3 +197,46 @@ def test_beside_tools_an_answer_is_json_or_a_call(tiny_engine):
 def test_a_wrong_grammar_says_so(tiny_engine):
     with pytest.raises(ValueError, match="grammar"):
         tiny_engine().generate("Who?", max_new_tokens=2, grammar="start: nowhere")
+
+
+CALLED = [ToolCall("find_keeper", {"year": 1911, "place": "shore"}), ToolCall("ring_bell", {})]
+JSON = [json.dumps({"name": call.name, "arguments": call.arguments}) for call in CALLED]
+MARKED = {
+    "hermes": [f"<tool_call>\n{body}\n</tool_call>\n" for body in JSON],
+    "mistral, names": [
+        f"[TOOL_CALLS]{call.name}[ARGS]{json.dumps(call.arguments)}" for call in CALLED
+    ],
+    "mistral, ids": [
+        f"[TOOL_CALLS]{call.name}[CALL_ID]a1b2c3d4e[ARGS]{json.dumps(call.arguments)}"
+        for call in CALLED
+    ],
+    "mistral, list": ["[TOOL_CALLS] [", JSON[0], ", ", JSON[1], "]"],
+    "granite": ["<|tool_call|>[", JSON[0], ", ", JSON[1], "]"],
+    "llama": ["<|python_tag|>", JSON[0], "<|python_tag|>", JSON[1]],
+}
+
+
+@pytest.mark.parametrize("before", ["", "I shall look it up. ", "Two things: [1] {2}\n"])
+@pytest.mark.parametrize("notation", MARKED)
+@pytest.mark.parametrize("special", [True, False])
+def test_calls_are_read_though_their_marks_are_control_tokens(notation, before, special):
+    """In any model's notation, with words before them, one or two, however they are streamed."""
+    tokenizer = tiny_tokenizer()
+    if special:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<|im_start|>", *MARKS]},
+            replace_extra_special_tokens=False,
+        )
+    text = before + "".join(MARKED[notation]) + "<|im_end|>"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    reader, pieces = CallReader(["find_keeper", "ring_bell"]), []
+    emitter = TextEmitter(tokenizer, lambda piece: pieces.append(reader.put(piece)), (), MARKS)
+    for token in ids:
+        emitter.put(token)
+    emitter.end()
+    rest, calls, bad = reader.end()
+    assert bad == []
+    assert [(call.name, dict(call.arguments)) for call in calls] == [
+        (call.name, dict(call.arguments)) for call in CALLED
+    ]
+    assert "".join(pieces) + rest == before

@@ -82,3 +82,33 @@ def test_a_pipelines_cache_never_skips_what_is_not_stored(tiny_engine, tmp_path,
     ingest(engine, cache, TEXT, OTHER)
     assert bool(computed) == (lost != "nothing")
     assert hits(engine, TEXT) == hits(engine, OTHER) == 1
+
+
+def test_two_llms_of_one_name_share_the_weights(folder, tmp_path):
+    """Whatever else they are set to; and as long as one of them lives."""
+    from a3_integrations.langchain import ChatA3
+
+    settings = {"cache_dir": str(tmp_path / "kv"), "dtype": "float32"}
+    one = A3LLM(folder, **settings, temperature=0.7)
+    two = A3LLM(folder, **settings, selector="epic", max_new_tokens=3)
+    assert one.engine is two.engine is ChatA3(model=folder, **settings).engine
+    assert A3LLM(folder, **settings, codec="int8").engine is not one.engine
+
+
+async def test_the_first_answer_of_a_process_does_not_stop_the_event_loop(folder, tmp_path):
+    """The model is loaded in a thread, and its metadata needs no weights."""
+    import asyncio
+    import time
+
+    llm = A3LLM(folder, cache_dir=str(tmp_path / "kv"), max_new_tokens=2)
+    answering = asyncio.create_task(llm.acomplete(TEXT))
+    longest, last = 0.0, time.monotonic()
+    while not answering.done():
+        await asyncio.sleep(0.005)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    assert (await answering).text
+    assert longest < 0.7
+    other = A3LLM(folder, cache_dir=str(tmp_path / "kv2"))
+    assert (other.metadata.context_window, other.metadata.is_chat_model) == (512, True)
+    assert other.engine._runtime is None
+    assert llm.metadata.context_window == 512

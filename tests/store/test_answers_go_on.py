@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -308,3 +309,25 @@ def test_a_shared_chunk_stays_as_long_as_a_document_has_it(tmp_path):
     assert holds(open_store(tmp_path / "c", options=StoreOptions(url)), 1)
     stores[1].evict("two")
     assert not holds(open_store(tmp_path / "d", options=StoreOptions(url)), 1)
+
+
+def test_an_engine_may_be_closed_while_it_is_used(tiny_engine):
+    """What is in progress goes on; the next call opens anew."""
+    engine = tiny_engine()
+    failures: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            for number in range(3):
+                engine.precompute([f"{number}. {LAMP}"], progress=False)
+                engine.generate(ASK, chunks=[LAMP], max_new_tokens=1)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    while thread.is_alive():
+        engine.close()
+        time.sleep(0.02)
+    thread.join()
+    assert failures == []

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -147,8 +148,9 @@ def test_a_hostile_archive_gives_nothing_and_writes_nothing_outside(tmp_path):
         (link, b""),
         (device, b""),
     ]
-    text = ["a" * 64, 40, "x" * 32, "y" * 32]
-    odd = [text[:3], [*text, 1], ["a", *text[1:]], [*text[:3], None], [text[0], 2**70, *text[2:]]]
+    text = ["a" * 64, 40, "x" * 32, 5]
+    odd = [text[:3], [*text, 1], ["a", *text[1:]], [*text[:3], "y" * 32], [*text[:3], 2**70]]
+    odd.append([text[0], 2**70, *text[2:]])
     rows = [None, 5, [], ["e"] * 3, ["e", "k", text], *(["e", "0" * 64, row] for row in odd)]
     archive = build(tmp_path / "evil.tar", members, {"tags": {"x": "t"}, "texts": rows})
     before = sorted(tmp_path.parent.rglob("*"))
@@ -248,3 +250,60 @@ def test_a_folder_without_a_store_says_so_and_stays_as_it_is(tmp_path, capsys):
         assert run(*command, "--cache-dir", tmp_path / "none") == 1
         assert "no chunk store in" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("import", "x.tar", "--size-limit", "9" * 400),
+        ("import", "x.tar", "--size-limit", "9" * 17 + "T"),
+        ("evict", "--to-size", "1e9"),
+        ("evict", "--older-than", "9" * 400 + "d"),
+        ("stats", "--cache-dir", "~nosuchuser/x"),
+        ("stats", "--cache-dir", "a\0b"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_in_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(*arguments)
+    assert left.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ['{"title": "x"}', '{"text": 5}', "[]", '"text"', "{", '{"text": null}', "\\ud800"]
+)
+def test_lines_without_text_are_named_by_file_and_number(tmp_path, capsys, line):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "log.jsonl").write_text(f'{{"text": "A sound line."}}\n\n{line}\n')
+    assert run("warm", documents, "--cache-dir", tmp_path / "c") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "log.jsonl, line 3" in error
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "a.txt").write_bytes(b"M\xfcnchen")
+    assert run("warm", tmp_path / "documents", "--cache-dir", tmp_path / "c") == 2
+    assert "a.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [8 * 2**30, 2**40, 2**63])
+def test_an_archive_whose_headers_claim_any_size_makes_no_room(tmp_path, capsys, size):
+    """A pax header that says 8 GiB, in a file of some hundred bytes."""
+    header_of = tarfile.TarInfo("pax")
+    header_of.type = tarfile.XHDTYPE
+    header_of.size = min(size, 8 * 2**30 - 1)
+    block = bytearray(header_of.tobuf(tarfile.USTAR_FORMAT))
+    if size >= 8 * 2**30:  # in base 256
+        block[124:136] = b"\x80" + size.to_bytes(11, "big")
+        block[148:156] = b"        "
+        block[148:156] = b"%06o\0 " % sum(block)
+    (tmp_path / "x.tar").write_bytes(bytes(block) + b"30 path=x\n" * 20)
+    tracemalloc.start()
+    assert run("import", tmp_path / "x.tar", "--cache-dir", tmp_path / "c") == 1
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    tracemalloc.stop()
+    assert len(capsys.readouterr().err.strip().splitlines()[-1]) > 10

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from a3_engine.chunks.patience import waiting
+from a3_engine.processes import Lock
 
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -42,7 +43,7 @@ class Database:
         self._path, self._timeout = path, timeout
         self._local = threading.local()
         self._opened: list[tuple[threading.Thread, sqlite3.Connection]] = []
-        self._opening = threading.Lock()
+        self._opening = Lock()
         self._pid = os.getpid()
         self._inode = path.stat().st_ino
         self._as_read = self._state()
@@ -75,7 +76,7 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """This thread's."""
         if self._pid != os.getpid():  # a connection must not be used, or closed, behind a fork
-            self._pid, self._opening = os.getpid(), threading.Lock()
+            self._pid = os.getpid()
             _left_by_fork.append((self._local, self._opened))
             self._local, self._opened = threading.local(), []
         found: sqlite3.Connection | None = getattr(self._local, "db", None)

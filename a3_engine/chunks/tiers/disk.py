@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import sqlite3
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from a3_engine.chunks.tiers.index import Entry, Index, Note, Row
 from a3_engine.chunks.tiers.opened import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
+from a3_engine.processes import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class DiskStore:
         self.directory = Path(directory).expanduser().absolute()
         self.readonly = readonly
         self._secret, self._lock_timeout = secret, lock_timeout
-        self._opening = threading.Lock()
+        self._opening = Lock()
         # The files whose checksum this process has compared.
         self._hashed: OrderedDict[Identity, None] = OrderedDict()
         self._open()

@@ -8,13 +8,13 @@ import random
 import re
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from a3_engine.chunks.patience import waiting
 from a3_engine.errors import StoreError
+from a3_engine.processes import Lock
 
 try:
     import fcntl
@@ -112,7 +112,7 @@ class TurnLock:
 
     def __init__(self, path: Path, timeout: float) -> None:
         self._path, self._timeout = path, timeout
-        self._threads = threading.Lock()  # a process sends one of its threads into the crowd
+        self._threads = Lock()  # a process sends one of its threads into the crowd
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS Tags (key TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY K
 CREATE INDEX IF NOT EXISTS Tags_tag ON Tags (tag);
 CREATE TABLE IF NOT EXISTS Texts (
     id INTEGER PRIMARY KEY AUTOINCREMENT, engine TEXT NOT NULL, sha256 TEXT NOT NULL,
-    chars INTEGER NOT NULL, head TEXT NOT NULL, tail TEXT NOT NULL, key TEXT NOT NULL,
+    chars INTEGER NOT NULL, head TEXT NOT NULL, rolling INTEGER NOT NULL, key TEXT NOT NULL,
     UNIQUE (engine, sha256)
 );
 CREATE INDEX IF NOT EXISTS Texts_key ON Texts (key);
@@ -264,15 +264,16 @@ class Index:
         (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM Texts").fetchone()
         rows = self._db.execute(
             # The plus keeps sqlite from going through all of the engine's texts by their index.
-            "SELECT sha256, chars, head, tail FROM Texts WHERE id > ? AND id <= ? AND +engine = ?",
+            "SELECT sha256, chars, head, rolling FROM Texts "
+            "WHERE id > ? AND id <= ? AND +engine = ?",
             (after, last, engine),
         )
         return last, [Known(*row) for row in rows]
 
     def text_rows(self, tag: str | None = None) -> list[list[Any]]:
-        """Every engine's ``[engine, key, [sha256, chars, head, tail]]``, of one tag where given."""
+        """Every engine's ``[engine, key, [sha256, chars, head, rolling]]``; of one tag if given."""
         query = (
-            "SELECT engine, key, sha256, chars, head, tail FROM Texts "
+            "SELECT engine, key, sha256, chars, head, rolling FROM Texts "
             "WHERE ?1 IS NULL OR key IN (SELECT key FROM Tags WHERE tag = ?1)"
         )
         return [[row[0], row[1], list(row[2:])] for row in self._db.execute(query, (tag,))]
@@ -295,7 +296,7 @@ class Index:
                 db.execute("INSERT OR IGNORE INTO Tags VALUES (?, ?)", (key, tag))
             if known is not None:
                 db.execute(
-                    "INSERT OR IGNORE INTO Texts (engine, sha256, chars, head, tail, key) "
+                    "INSERT OR IGNORE INTO Texts (engine, sha256, chars, head, rolling, key) "
                     "VALUES (?, ?, ?, ?, ?, ?)",
                     (engine, *known, key),
                 )

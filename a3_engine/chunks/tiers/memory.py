@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import StoreStats
+from a3_engine.processes import Lock
 
 
 class MemoryTier:
@@ -29,7 +29,7 @@ class MemoryTier:
     def __init__(self, size_limit: int, *, pin: bool = False) -> None:
         self.size_limit = size_limit
         self._pin = pin
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._payloads: OrderedDict[str, Payload] = OrderedDict()
         self._nbytes = 0
 

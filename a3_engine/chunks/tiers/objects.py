@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
+from a3_engine.chunks.urls import unnamed
 from a3_engine.errors import StoreError
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -27,11 +28,11 @@ class ObjectBlobs:
         try:
             self._fs, self._root = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"The shared store cannot be opened: {error}") from error
+            raise StoreError(f"The shared store cannot be opened: {unnamed(error, url)}") from error
 
-    def read(self, key: str) -> list[bytes] | None:
+    def read(self, key: str, most: int) -> list[bytes] | None:
         try:
-            return [self._fs.cat_file(self._path(key))]
+            return [self._fs.cat_file(self._path(key), start=0, end=most + 1)]
         except FileNotFoundError:
             return None
 
@@ -43,18 +44,18 @@ class ObjectBlobs:
 
     def mark(self, tag: str, keys: Iterable[str]) -> None:
         for key in keys:
-            self._pipe(f"{self._root}/tags/{_name(tag)}/{key}", b"")
-            self._pipe(f"{self._root}/tagged/{key}/{_name(tag)}", b"")
+            self._pipe(f"{self._root}/tags/{tag_name(tag)}/{key}", b"")
+            self._pipe(f"{self._root}/tagged/{key}/{tag_name(tag)}", b"")
 
     def take(self, tag: str, also: set[str]) -> set[str]:
-        marks = f"{self._root}/tags/{_name(tag)}"
+        marks = f"{self._root}/tags/{tag_name(tag)}"
         keys = {key for key in self._names(marks) if KEY.fullmatch(key)}
         if keys:
             self._fs.rm(marks, recursive=True)
         last = set()
         for key in keys | also:
             with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(f"{self._root}/tagged/{key}/{_name(tag)}")
+                self._fs.rm_file(f"{self._root}/tagged/{key}/{tag_name(tag)}")
             if not self._names(f"{self._root}/tagged/{key}"):
                 last.add(key)
         return last
@@ -84,6 +85,6 @@ class ObjectBlobs:
         self._fs.pipe_file(path, content)
 
 
-def _name(tag: str) -> str:
+def tag_name(tag: str) -> str:
     """A tag in an object's name: without letters of its own, and of one length."""
     return hashlib.sha256(tag.encode("utf-8", "surrogatepass")).hexdigest()

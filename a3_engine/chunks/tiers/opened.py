@@ -6,10 +6,10 @@ To open a chunk's file, map it and touch its pages takes longer than to copy wha
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 
 from a3_engine.chunks.payload import Header, Payload
+from a3_engine.processes import Lock
 
 MAX_FILES, MAX_BYTES = 512, 2**34  # the system takes their pages back when it wants them
 REMOVES_MAPPED = os.name != "nt"
@@ -24,7 +24,7 @@ class Opened:
     def __init__(self) -> None:
         self._payloads: OrderedDict[Identity, Payload] = OrderedDict()
         self._nbytes = 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def get(self, identity: Identity, expected: Header) -> Payload | None:
         """What was kept of this very file, if it is what is expected."""

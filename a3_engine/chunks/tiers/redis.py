@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from a3_engine.chunks.urls import unnamed
 from a3_engine.errors import StoreError
 
 KEY = re.compile(rb"[0-9a-f]{64}")
+MAX_GROUPS = 4096  # one a layer at most
 
 
 class RedisBlobs:
@@ -35,12 +37,21 @@ class RedisBlobs:
                 url, socket_timeout=timeout, socket_connect_timeout=timeout
             )
         except ValueError as error:
-            raise StoreError(f"The shared store cannot be opened: {error}") from error
+            raise StoreError(f"The shared store cannot be opened: {unnamed(error, url)}") from error
 
-    def read(self, key: str) -> list[bytes] | None:
-        groups = self._redis.hgetall(f"a3:kv:{key}")
-        names = [str(number).encode() for number in range(len(groups))]
-        return [groups[name] for name in names] if groups and set(names) == set(groups) else None
+    def read(self, key: str, most: int) -> list[bytes] | None:
+        name = f"a3:kv:{key}"
+        n_groups = self._redis.hlen(name)
+        if not 0 < n_groups <= MAX_GROUPS:
+            return None
+        groups = [str(number) for number in range(n_groups)]
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for group in groups:
+                pipeline.hstrlen(name, group)
+            if sum(pipeline.execute()) > most:
+                raise ValueError(f"chunk {key[:12]} is larger than any such chunk")
+        found: list[bytes | None] = self._redis.hmget(name, groups)
+        return None if None in found else [group for group in found if group is not None]
 
     def write(self, key: str, parts: list[bytes]) -> None:
         with self._redis.pipeline(transaction=True) as pipeline:

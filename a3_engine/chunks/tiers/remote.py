@@ -15,8 +15,10 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from a3_engine.chunks.patience import waiting
-from a3_engine.chunks.payload import DamagedPayload, Header, Payload, join
+from a3_engine.chunks.payload import MAX_HEADER, DamagedPayload, Header, Payload, join
 from a3_engine.chunks.store import StoreStats
+from a3_engine.chunks.urls import masked, unnamed
+from a3_engine.processes import make_anew_in_child
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,8 @@ class Blobs(Protocol):
 
     group_bytes: int  # how large one value may become
 
-    def read(self, key: str) -> list[bytes] | None:
-        """The layer groups of a chunk, in order."""
+    def read(self, key: str, most: int) -> list[bytes] | None:
+        """The layer groups of a chunk, in order; no more than one byte above so many."""
 
     def write(self, key: str, parts: list[bytes]) -> None:
         """Keep the layer groups of a chunk, replacing what was there."""
@@ -62,10 +64,14 @@ class RemoteTier:
     """
 
     def __init__(self, blobs: Blobs, url: str, *, timeout: float, secret: bytes | None) -> None:
-        self._blobs, self._url = blobs, url
+        self._blobs, self._secret_url, self._url = blobs, url, masked(url)
         self._timeout, self._secret = timeout, secret
-        self._places = threading.Semaphore(CALLS)
+        self._renew()
+        make_anew_in_child(self._renew)
         self._away_until = 0.0
+
+    def _renew(self) -> None:
+        self._places = threading.Semaphore(CALLS)
 
     @classmethod
     def open(cls, url: str, *, timeout: float, secret: bytes | None) -> RemoteTier:
@@ -76,9 +82,12 @@ class RemoteTier:
         StoreError
             The package for this scheme is not installed, or the URL is not one.
         """
-        shown = url.rpartition("@")[2]  # without a password
         blobs: Blobs
-        if url.partition("://")[0] in ("redis", "rediss", "unix", "valkey", "valkeys"):
+        if url.startswith(("file://", "local://")):
+            from a3_engine.chunks.tiers.folder import FolderBlobs
+
+            blobs = FolderBlobs(url)
+        elif url.partition("://")[0] in ("redis", "rediss", "unix", "valkey", "valkeys"):
             from a3_engine.chunks.tiers.redis import RedisBlobs
 
             blobs = RedisBlobs(url, timeout)
@@ -86,10 +95,12 @@ class RemoteTier:
             from a3_engine.chunks.tiers.objects import ObjectBlobs
 
             blobs = ObjectBlobs(url)
-        return cls(blobs, shown, timeout=timeout, secret=secret)
+        return cls(blobs, url, timeout=timeout, secret=secret)
 
     def get(self, expected: Header) -> Payload | None:
-        parts = self._call(lambda: self._blobs.read(expected.key), None)
+        # Each layer may be a document of its own.
+        most = expected.nbytes + expected.shape[0] * (MAX_HEADER + 8)
+        parts = self._call(lambda: self._blobs.read(expected.key, most), None)
         if parts is None:
             return None
         try:
@@ -177,17 +188,19 @@ class RemoteTier:
                 return self._begun(act).result(max(0.0, deadline - time.monotonic()))
             except Exception as error:
                 self._away_until = time.monotonic() + LEAVE_ALONE
+                why = unnamed(error, self._secret_url)
                 logger.warning(
                     "The shared store at %s is away (%s); chunks are computed, and it is asked "
                     "again in %g seconds.",
                     self._url,
-                    str(error) or f"no answer within {self._timeout:g} seconds",
+                    why or f"no answer within {self._timeout:g} seconds",
                     LEAVE_ALONE,
                 )
                 return otherwise
 
     def _begun(self, act: Callable[[], T]) -> Future[T]:
         result: Future[T] = Future()
+        places = self._places
 
         def run() -> None:
             try:
@@ -195,7 +208,7 @@ class RemoteTier:
             except Exception as error:
                 result.set_exception(error)
             finally:
-                self._places.release()
+                places.release()
 
         threading.Thread(target=run, name="a3-remote", daemon=True).start()
         return result

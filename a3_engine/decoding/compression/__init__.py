@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.compression.h2o import H2O
@@ -34,4 +35,10 @@ def make_compression(
             names = ", ".join(sorted(COMPRESSIONS))
             raise ValueError(f"There is no compression {compression!r}; choose one of {names}.")
         compression = COMPRESSIONS[compression]()
+    if not isinstance(compression, Compression):
+        raise TypeError(
+            f"A compression is a name or a Compression, not {type(compression).__name__}."
+        )
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, Real)):
+        raise TypeError(f"keep is a number above 0 and up to 1, not {keep!r}.")
     return compression if keep is None else replace(compression, keep=keep)

@@ -57,6 +57,8 @@ def make_selector(selector: str | Selector, ratio: float | None = None) -> Selec
                 f"There is no selector {selector!r}; choose one of {', '.join(sorted(SELECTORS))}."
             )
         selector = SELECTORS[selector]()
+    if not isinstance(selector, Selector):
+        raise TypeError(f"A selector is a name or a Selector, not {type(selector).__name__}.")
     return selector if ratio is None else replace(selector, ratio=ratio)
 
 

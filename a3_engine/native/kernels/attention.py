@@ -81,7 +81,8 @@ def _attend(
     last = tl.load(lasts + seq * seen_seq + row, mask=real, other=0).to(tl.int32)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    if SINKS:  # a score that takes its share and gives nothing, counted once
+    if SINKS:  # noqa: SIM102 - as for SHARED below
+        # A score that takes its share and gives nothing is counted once.
         if part == 0:
             score = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
             top, total = score * 1.4426950408889634, total + 1.0
@@ -230,7 +231,8 @@ def attend(
     with on(query.device):
         _attend[triton.cdiv(rows, m // group), kv_heads, sequences * parts](
             query, keys[0], values[0], first if table is None else table, first, last,
-            first if shared is None else shared, counts, query if sinks is None else sinks, output, sums, totals, tops,
+            first if shared is None else shared, counts, query if sinks is None else sinks,
+            output, sums, totals, tops,
             rows, heads, parts, scale, softcap or 1.0,
             query.stride(0), query.stride(1), query.stride(2),
             keys[0].stride(1), head_dim, rows if first.shape[0] > 1 else 0,

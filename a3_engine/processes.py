@@ -1,0 +1,98 @@
+"""What belongs to one process: made anew in a forked child, and ended in order at exit.
+
+A child has none of its parent's other threads. A lock that one of them held would stay locked for
+ever, and work handed to one of them would never be done.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+
+_in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
+_at_exit: list[Callable[[], None]] = []
+_waited_for: weakref.WeakSet[Lock] = weakref.WeakSet()
+_held: dict[int, list[Lock]] = {}  # by the thread that forks
+
+
+class Lock:
+    """A `threading.Lock` that is free in a forked child, whoever held it before the fork.
+
+    Parameters
+    ----------
+    around_foreign : bool
+        It guards code that has locks of its own, which stay locked in a child: a fork waits for it.
+    """
+
+    def __init__(self, *, around_foreign: bool = False) -> None:
+        self.renew()
+        make_anew_in_child(self.renew)
+        if around_foreign:
+            _waited_for.add(self)
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        return self._lock.acquire(blocking, timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> Lock:
+        self._lock.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+
+def make_anew_in_child(renew: Callable[[], None]) -> None:
+    """Call an object's method in every forked child, as long as the object lives."""
+    _in_child.append(weakref.WeakMethod(renew, _in_child.remove))
+
+
+def end_at_exit(end: Callable[[], None]) -> None:
+    """Call this when the program ends: behind its own threads, before the interpreter goes.
+
+    What is registered last is called first.
+    """
+    _at_exit.append(end)
+
+
+def _wait_for_all() -> None:
+    held = _held[threading.get_ident()] = []
+    for lock in sorted(_waited_for, key=id):
+        lock.acquire()
+        held.append(lock)
+
+
+def _let_go() -> None:
+    for lock in _held.pop(threading.get_ident()):
+        lock.release()
+
+
+def _renew_all() -> None:
+    _held.clear()
+    for method in _in_child:
+        if (renew := method()) is not None:
+            renew()
+
+
+@atexit.register
+def _end_all() -> None:
+    while _at_exit:
+        _at_exit.pop()()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_wait_for_all, after_in_parent=_let_go, after_in_child=_renew_all)
