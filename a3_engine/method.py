@@ -41,9 +41,9 @@ def make_method(name: str, ratio: float | None = None, keep: float | None = None
 
 
 def make_methods(
-    names: Sequence[str], ratios: Sequence[float], keep: float | None = None
+    names: Sequence[str], ratios: Sequence[float | None], keep: float | None = None
 ) -> list[Method]:
-    """Every method at every ratio; full reuse and full prefill, which have their own, once.
+    """Every method at every ratio, its own for None; full reuse and full prefill once, at theirs.
 
     Raises
     ------

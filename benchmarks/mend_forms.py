@@ -123,14 +123,14 @@ def forms() -> dict[str, Method]:
     listed = {"a3 @ 0.15": make_method("a3", 0.15)}
     for ratio in (0.15, 0.05):
         each = {
-            "as shipped": Mend(ratio),
-            "strength by agreement": OtherRepair(ratio, form="agree"),
-            "linear map": OtherRepair(ratio, form="map"),
-            "strength 0.4": Mend(ratio, repair=DriftRepair(0.4)),
-            "strength 0.8": Mend(ratio, repair=DriftRepair(0.8)),
-            "spread": Spread(ratio),
-            "depth 1.0": Mend(ratio, depth=1.0),
-            "all probes": Mend(ratio, repair=DriftRepair(probes=10**6)),
+            "as shipped": Mend(ratio, least=0),
+            "strength by agreement": OtherRepair(ratio, least=0, form="agree"),
+            "linear map": OtherRepair(ratio, least=0, form="map"),
+            "strength 0.2": Mend(ratio, least=0, repair=DriftRepair(0.2)),
+            "strength 0.6": Mend(ratio, least=0, repair=DriftRepair(0.6)),
+            "spread": Spread(ratio, least=0),
+            "depth 1.0": Mend(ratio, least=0, depth=1.0),
+            "all probes": Mend(ratio, least=0, repair=DriftRepair(0.3, probes=10**6)),
         }
         listed |= {f"{name} @ {ratio}": Method(selector) for name, selector in each.items()}
     return listed | {f"mass {mass}": Method(Adaptive(0.5, mass=mass)) for mass in (0.7, 0.45)}

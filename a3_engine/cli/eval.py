@@ -51,7 +51,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "(default: %(default)s)",
     )
     run.add_argument("--keep", type=float, help="share of the cache that a compression keeps")
-    run.add_argument("--ratios", default="0.15", help="separated by commas (default: 0.15)")
+    run.add_argument(
+        "--ratios",
+        default="0.15",
+        help="separated by commas; own is each method's own (default: 0.15)",
+    )
     run.add_argument("--half", choices=("first", "second"), help="of each set: tune, then report")
     run.add_argument("--limit", type=int, help="at most so many rows of each set")
     run.add_argument(
@@ -88,7 +92,7 @@ def run_eval(options: argparse.Namespace) -> None:
     """Print one line for every dataset, method and ratio."""
     methods = make_methods(
         options.methods.split(","),
-        [float(ratio) for ratio in options.ratios.split(",")],
+        [None if ratio == "own" else float(ratio) for ratio in options.ratios.split(",")],
         options.keep,
     )
     engine = A3Engine.from_pretrained(

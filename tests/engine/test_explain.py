@@ -132,7 +132,7 @@ def test_a_report_is_a_table_with_its_counts(answer):
 def test_a_ratio_that_is_none_says_what_one_is(tiny_engine, ratio):
     engine = tiny_engine()
     if ratio is None:  # the method's own
-        assert engine.generate(ASK, ratio=None, max_new_tokens=1).report.ratio == 0.15
+        assert engine.generate(ASK, ratio=None, max_new_tokens=1).report.ratio == 0.05
         return
     with pytest.raises(ValueError, match=r"between 0 and 1.*0\.15 recomputes 15 %"):
         engine.generate(ASK, ratio=ratio)

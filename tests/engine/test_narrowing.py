@@ -62,7 +62,7 @@ def test_the_most_attended_go_on(tiny_engine, name, layer):
         seen[index] = attended_by(query, key, rows, layout.question, scaling)
 
     narrow = ((at_layer(n_layers, layer), SHARE),)
-    cache = run(engine, prompt, Mend(ratio=RATIO, narrow=narrow), observe)
+    cache = run(engine, prompt, Mend(ratio=RATIO, least=0, narrow=narrow), observe)
     selected, left = cache.fusion.selected, cache.fusion.narrowing.left[layer]
     ranked = sorted(selected.tolist(), key=lambda position: -float(seen[layer - 1][position]))
     assert 0 < len(left) < len(selected)
@@ -93,8 +93,8 @@ def test_only_what_goes_on_is_computed_from_there(tiny_engine, name):
     prompt = build_prompt(engine, SHAPE)
     stage = n_layers - 1
     narrow = ((at_layer(n_layers, stage), SHARE),)
-    narrowed = run(engine, prompt, Mend(ratio=RATIO, repair=None, narrow=narrow))
-    whole = run(engine, prompt, Mend(ratio=RATIO, repair=None, narrow=()))
+    narrowed = run(engine, prompt, Mend(ratio=RATIO, least=0, repair=None, narrow=narrow))
+    whole = run(engine, prompt, Mend(ratio=RATIO, least=0, repair=None, narrow=()))
     _, stored = engine.fuse(prompt, selector="full_reuse")
     left = narrowed.fusion.narrowing.left[stage]
     dropped = whole.fusion.selected[~torch.isin(whole.fusion.selected, left)]
@@ -116,8 +116,8 @@ def test_a_share_of_one_changes_nothing(tiny_engine, name):
     engine = tiny_engine(name)
     n_layers = engine.runtime.model.config.get_text_config().num_hidden_layers
     prompt = build_prompt(engine, SHAPE)
-    same = run(engine, prompt, Mend(ratio=RATIO, narrow=((at_layer(n_layers, 1), 1.0),)))
-    whole = run(engine, prompt, Mend(ratio=RATIO, narrow=()))
+    same = run(engine, prompt, Mend(ratio=RATIO, least=0, narrow=((at_layer(n_layers, 1), 1.0),)))
+    whole = run(engine, prompt, Mend(ratio=RATIO, least=0, narrow=()))
     for mine, theirs in zip(same.layers, whole.layers, strict=True):
         for one, other in zip(mine.stored(), theirs.stored(), strict=True):
             torch.testing.assert_close(one, other)

@@ -45,8 +45,8 @@ def test_lower_layers_see_everything(tiny_engine, name):
     """Above them the keys and values differ, for those are made of what was seen below."""
     engine = tiny_engine(name)
     prompt = build_prompt(engine, SHAPE)
-    near = run(engine, prompt, Mend(ratio=0.1, narrow=(), repair=None, long_tokens=1))
-    whole = run(engine, prompt, Mend(ratio=0.1, narrow=(), repair=None))
+    near = run(engine, prompt, Mend(ratio=0.1, least=0, narrow=(), repair=None, long_tokens=1))
+    whole = run(engine, prompt, Mend(ratio=0.1, least=0, narrow=(), repair=None))
     n_layers = len(whole.layers)
     first = Mend(long_tokens=1).near_from(n_layers, 1000)
     assert 0 < first < n_layers
@@ -88,7 +88,7 @@ def test_all_attend_to_what_the_question_attends_to_most_exact_or_not():
     layout = Layout(124, chunks, 4, fresh, question=torch.arange(120, 124))
     attention = torch.full((2, 124), 0.001)
     attention[:, [7, 20, 33, 50, 90]] = 0.1
-    method = Mend(ratio=0.05, long_tokens=10)
+    method = Mend(ratio=0.05, least=0, long_tokens=10)
     picked = method.select(layout, attention)
     _, near = method.near(layout, attention, 6)
     assert not torch.isin(picked, torch.arange(4, 40)).any()

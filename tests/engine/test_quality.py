@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from langchain_core.messages import HumanMessage
 
-from a3_engine.fusion.selectors import DEFAULT, QUALITIES, SELECTORS
+from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.selectors import DEFAULT, QUALITIES, SELECTORS, make_selector
 from a3_integrations.langchain import ChatA3
 from a3_integrations.llama_index import A3LLM
 
@@ -25,7 +27,8 @@ def how(report) -> tuple[str, float]:
 def test_a_quality_is_its_selector_at_its_ratio(tiny_engine, quality):
     selector, ratio = MEANT[quality]
     asked = {"chunks": TEXTS, "max_new_tokens": 2}
-    named = tiny_engine(selector=selector, ratio=ratio).generate("Who?", **asked)
+    own = None if quality == "balanced" else ratio
+    named = tiny_engine(selector=selector, ratio=own).generate("Who?", **asked)
     assert how(named.report) == MEANT[quality]
     for answer in (
         tiny_engine(quality=quality).generate("Who?", **asked),
@@ -40,6 +43,20 @@ def test_the_default_is_balanced_and_a_request_may_refine_it(tiny_engine):
     assert engine.selector == QUALITIES["balanced"]
     report = engine.generate("Who?", chunks=TEXTS, ratio=0.5, max_new_tokens=2).report
     assert how(report) == (DEFAULT, 0.5)
+
+
+@pytest.mark.parametrize("n_chunk_tokens", [40, 128, 1000, 4000])
+def test_short_prompts_have_a_least_number_recomputed_unless_a_ratio_is_asked_for(n_chunk_tokens):
+    n_exact, asks = 10, torch.tensor([n_chunk_tokens])
+    spans = (Span(0, 30, exact=n_exact), Span(30, n_chunk_tokens))
+    layout = Layout(n_chunk_tokens + 1, spans, 0, asks, asks)
+    attention = torch.rand(3, n_chunk_tokens + 1)
+    method = QUALITIES["balanced"]
+    most = n_chunk_tokens - n_exact
+    expected = max(int(0.05 * n_chunk_tokens), min(128, most))
+    assert len(method.select(layout, attention)) == expected
+    assert len(method.at(0.05).select(layout, attention)) == int(0.05 * n_chunk_tokens)
+    assert make_selector(DEFAULT, 0.05) == method.at(0.05) != method == make_selector(DEFAULT)
 
 
 @pytest.mark.parametrize(

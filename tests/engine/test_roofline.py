@@ -73,7 +73,7 @@ def test_a_fusion_pass_does_the_linear_work_of_its_rows(ratio, tiny_engine):
 def test_a_narrowed_pass_does_the_work_of_fewer_rows(tiny_engine):
     engine = tiny_engine("llama")
     model, shape = engine.runtime.model, Shape.of(engine.runtime.model.config)
-    narrowing = Mend(ratio=0.5, narrow=((1 / shape.layers, 0.25),))
+    narrowing = Mend(ratio=0.5, least=0, narrow=((1 / shape.layers, 0.25),))
     prompt, cache = engine.fuse(QUESTION, chunks=TEXTS, selector=narrowing)
     rows, done = cache.fusion.rows, []
     # Finding what goes on takes products that are not the model's.

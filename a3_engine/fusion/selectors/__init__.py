@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from a3_engine.fusion.selectors.a3 import A3, A3Lookahead
@@ -59,7 +58,7 @@ def make_selector(selector: str | Selector, ratio: float | None = None) -> Selec
         selector = SELECTORS[selector]()
     if not isinstance(selector, Selector):
         raise TypeError(f"A selector is a name or a Selector, not {type(selector).__name__}.")
-    return selector if ratio is None else replace(selector, ratio=ratio)
+    return selector if ratio is None else selector.at(ratio)
 
 
 def choose_selector(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -61,6 +61,10 @@ class Selector(ABC):
                 f"The recompute ratio is a number between 0 and 1, not {self.ratio!r}; "
                 "0.15 recomputes 15 % of the tokens."
             )
+
+    def at(self, ratio: float) -> Self:
+        """The same method at another ratio."""
+        return replace(self, ratio=ratio)
 
     def budget(self, layout: Layout) -> int:
         """Number of chunk tokens to recompute."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,10 @@ class Mend(QuestionSelector):
     ----------
     ratio : float
         Share of the chunk tokens to recompute.
+    least : int
+        Tokens to recompute in any case, where there are so many: in short prompts each chunk is a
+        large part, and a small share of them is few tokens to learn from. It counts for the
+        method's own ratio alone; one that is asked for is meant as it is.
     repair : DriftRepair or None
         How the other chunk tokens are moved; see :mod:`a3_engine.fusion.drift`.
     depth : float
@@ -50,7 +54,10 @@ class Mend(QuestionSelector):
 
     name: ClassVar[str] = "mend"
     pool: ClassVar[Pool] = "max"
-    repair: DriftRepair | None = field(default_factory=DriftRepair)
+    ratio: float = 0.05
+    # Chunks that were computed behind a stand-in have little left to be moved.
+    repair: DriftRepair | None = field(default_factory=lambda: DriftRepair(strength=0.3))
+    least: int = 128
     depth: float = 1 / 3
     narrow: tuple[tuple[float, float], ...] = ((0.5, 0.7), (0.6, 0.45), (0.8, 0.15))
     long_tokens: int = 4096
@@ -70,8 +77,16 @@ class Mend(QuestionSelector):
                 "narrow takes pairs of a depth between 0 and 1, each below the next, and a share "
                 f"from 0 to 1, none above the one before, not {self.narrow}."
             )
+        if self.least < 0:
+            raise ValueError(f"least counts tokens, so not {self.least}.")
         if self.long_tokens < 0:
             raise ValueError(f"long_tokens counts tokens, so not {self.long_tokens}.")
+
+    def at(self, ratio: float) -> Mend:
+        return replace(self, ratio=ratio, least=0)
+
+    def budget(self, layout: Layout) -> int:
+        return max(super().budget(layout), min(self.least, len(layout.inexact_positions)))
 
     def layers(self, n_layers: int) -> range:
         return range(math.ceil(n_layers * self.depth))
