@@ -4,6 +4,9 @@ The interpreter knows no products of bf16, so fp16 stands for half precision her
 """
 
 import importlib
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -206,3 +209,52 @@ def test_steps_by_addresses_are_those_of_the_caches(engine_of):
         assert list(pool.map(ask, range(3))) == alone
     assert engine.runtime.shared._graphs._captured
     assert set(engine.runtime.shared._graphs._captured) <= set(SIZES)
+
+
+COMPILE = """
+import importlib, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BF16, F32, I64 = "*bf16", "*fp32", "*i64"
+attention, placing, shifting = (
+    importlib.import_module(f"a3_engine.native.kernels.{name}")
+    for name in ("attention", "placing", "shifting")
+)
+attend = {"TABLED": False, "SHARED": True, "SINKS": True, "CAPPED": False, "SPLIT": False}
+tile = {"PRECISION": "tf32", "G": 4, "M": 128, "N": 64, "D": 128, "DP": 128}
+halves = {"HALF": 64, "HP": 64, "D": 128, "DP": 128}
+for kernel, types, constants in (
+    (attention._attend, [BF16] * 3 + [I64] * 5 + [BF16] * 2 + [F32] * 3, attend | tile),
+    (attention._join, [BF16, F32, F32, F32], {"D": 128, "DP": 128, "PARTS": 64}),
+    (placing._place, [I64] * 3, {"DTYPE": triton.language.bfloat16, "T": 32} | halves),
+    (placing._append, [BF16, BF16, I64, I64], {"D": 128, "DP": 128}),
+    (shifting._moves, [BF16] * 4 + [I64] * 2 + [F32] * 2 + [BF16] * 3, {"H": 8} | halves),
+    (
+        shifting._shift,
+        [BF16, BF16, F32, BF16, BF16, BF16, I64, F32, F32],
+        {"PRECISION": "tf32", "T": 64, "P": 64} | halves,
+    ),
+):
+    names, left = kernel.arg_names, iter(types)
+    floats = ("scale", "cap", "sharpness")
+    signature = {
+        name: "constexpr" if name in constants else next(left, "fp32" if name in floats else "i32")
+        for name in names
+    }
+    where = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=where)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    print(kernel.__name__)
+"""
+
+
+def test_they_compile_for_an_h100():
+    """Without a GPU, by a process in which Triton compiles instead of interpreting."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["_attend", "_join", "_place", "_append", "_moves", "_shift"]
