@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,8 @@ from a3_engine.model.attention import install
 from a3_engine.report import ChunkUse, FusionReport, Trace
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Prompt, Segment
+
+logger = logging.getLogger(__name__)
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, context_window: int) -> None:
@@ -83,20 +86,25 @@ def assemble(
             f"{runtime.name} cannot be fused: {runtime.support.reason}. generate and stream "
             "answer by ordinary prefill."
         )
-    selector, rotation = method.selector, runtime.support.rotation
+    selector, rotation, library = method.selector, runtime.support.rotation, runtime.library
     started = time.perf_counter()
-    loaded, used = [], segments_used(runtime.library, prompt, selector)
+    used = segments_used(library, prompt, selector)
+    head = _head(library, prompt)
+    layout = prompt.layout(library.prefix_ids, reused, len(head.ids) if head else None)
     report.reused_turn_tokens = report.cached_tokens = reused
     # A full prefill with compression runs as a fusion pass that needs no chunk.
-    for start, segment in () if isinstance(selector, FullPrefill) else prompt.cached:
+    cached = () if isinstance(selector, FullPrefill) else prompt.cached
+    for start, segment in cached:
+        if segment.kind == "chunk" and start + len(segment.ids) <= reused:
+            report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
+    wanted = [(start, segment) for start, segment in cached if start >= reused]
+    kv_at: dict[int, ChunkKV] = {}
+    fetching = library.fetch_all([segment for _, segment in wanted], used)
+    for start, segment in wanted:
         if abandoned():
             raise Abandoned
-        if start < reused:
-            if segment.kind == "chunk" and start + len(segment.ids) <= reused:
-                report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
-            continue
-        fetched = runtime.library.fetch(segment, used)
-        loaded.append((start, fetched.kv))
+        fetched = next(fetching)
+        kv_at[start] = fetched.kv
         report.encode_s += fetched.seconds
         if segment.kind == "chunk":
             report.chunks.append(
@@ -106,15 +114,23 @@ def assemble(
             report.cached_tokens += len(segment.ids)
         else:
             report.created_tokens += len(segment.ids)
-    prefix_ids, prefix_kv = runtime.library.prefix_ids, None
-    if isinstance(selector, SparseSelector) and prefix_ids:
-        prefix_kv = runtime.library.fetch(Segment("prefix", prefix_ids), used).kv
-    local = partial(_local_queries, runtime, prompt, dict(loaded), (prefix_ids, prefix_kv))
+    behind: dict[tuple[int, ...], ChunkKV | None] = {(): None}
+    if isinstance(selector, SparseSelector):  # the thread that computes must not fetch
+        behind |= {one.ids: library.fetch(one, used).kv for one in _behind(library, prompt)}
+    local = partial(_local_queries, runtime, prompt, dict(kv_at), behind)
+    over: list[tuple[int, ChunkKV]] = []
+    laid = [segment for _, segment in wanted]
+    if head is not None and layout.chunks and (start := layout.chunks[0].start) in kv_at:
+        fetched = library.fetch(head, used)
+        report.encode_s += fetched.seconds
+        over.append((start, fetched.kv))
+        laid.append(head)
     compressor = method.compression.start() if method.compression else None
 
     def lay_out() -> FusedCache:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
-        load_chunks(cache, rotation, loaded)
+        brought = load_chunks(cache, rotation, list(kv_at.items()), over)
+        cache.on_device = list(zip(laid, brought, strict=False))
         if turn is not None:
             turn.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
@@ -122,7 +138,7 @@ def assemble(
             runtime.model,
             rotation,
             cache,
-            prompt.layout(prefix_ids, reused),
+            layout,
             selector,
             prompt.ids,
             local_queries=local,
@@ -141,9 +157,25 @@ def segments_used(library: ChunkLibrary, prompt: Prompt, selector: Selector) -> 
     if isinstance(selector, FullPrefill):
         return []
     used = [segment for _, segment in prompt.cached]
-    if isinstance(selector, SparseSelector) and library.prefix_ids:
-        used.append(Segment("prefix", library.prefix_ids))
-    return used
+    if (head := _head(library, prompt)) is not None:
+        used.append(head)
+    return used + _behind(library, prompt) if isinstance(selector, SparseSelector) else used
+
+
+def _head(library: ChunkLibrary, prompt: Prompt) -> Segment | None:
+    """The head of the first chunk, where that opens the prompt just behind the encode prefix."""
+    before: list[int] = []
+    for segment in prompt.segments:
+        if segment.kind == "chunk":
+            return library.head(segment) if tuple(before) == library.prefix_ids else None
+        before += segment.ids
+    return None
+
+
+def _behind(library: ChunkLibrary, prompt: Prompt) -> list[Segment]:
+    """What the prompt's chunks were computed behind."""
+    ids = {library.behind(segment): None for _, segment in prompt.cached}
+    return [Segment("prefix", each) for each in ids if each]
 
 
 def mark_used(runtime: Runtime, prompt: Prompt, selector: Selector) -> None:
@@ -156,16 +188,21 @@ def _local_queries(
     runtime: Runtime,
     prompt: Prompt,
     kv_at: dict[int, ChunkKV],
-    prefix: tuple[tuple[int, ...], ChunkKV | None],
+    behind: dict[tuple[int, ...], ChunkKV | None],
     selector: SparseSelector,
 ) -> torch.Tensor:
     """The local queries of the prompt's chunks, ``(chunks, layers, heads, head_dim)``."""
     assert runtime.local_queries is not None
+    assert runtime.library is not None
+    chunks = [
+        (start, segment, runtime.library.behind(segment))
+        for start, segment in prompt.cached
+        if segment.kind == "chunk"
+    ]
     return torch.stack(
         [
-            runtime.local_queries.get(selector, prefix, segment.ids, kv_at[start])
-            for start, segment in prompt.cached
-            if segment.kind == "chunk"
+            runtime.local_queries.get(selector, (ids, behind[ids]), segment.ids, kv_at[start])
+            for start, segment, ids in chunks
         ]
     )
 
@@ -182,8 +219,37 @@ def answer(
 ) -> FusionReport:
     """Answer a prompt that fits; ``started`` is when the request came, by ``perf_counter``.
 
-    Planning the prompt took ``plan_s`` since then.
+    Planning the prompt took ``plan_s`` since then. Where the device's memory does not suffice,
+    what it keeps for later requests is given up, and the request is tried once more.
     """
+    emitted = False
+
+    def emit_on(text: str) -> None:
+        nonlocal emitted
+        emitted = True
+        emit(text)
+
+    request = (runtime, prompt, method, sampling, started, plan_s, emit_on, abandoned)
+    try:
+        return _answer(*request)
+    except torch.OutOfMemoryError as error:
+        if emitted:
+            raise
+        logger.warning("%s. What is kept for later requests is given up for this one.", error)
+    runtime.make_room()  # here, since the error keeps alive what the first try held
+    return _answer(*request)
+
+
+def _answer(
+    runtime: Runtime,
+    prompt: Prompt,
+    method: Method,
+    sampling: Sampling,
+    started: float,
+    plan_s: float,
+    emit: Callable[[str], None],
+    abandoned: Callable[[], bool],
+) -> FusionReport:
     selector, room = method.selector, sampling.max_new_tokens
     report = FusionReport(
         model=runtime.name,
@@ -193,6 +259,8 @@ def answer(
         fallback_reason=why_prefill(runtime, prompt, method, room),
         plan_s=plan_s,
     )
+    if report.fused and runtime.library is not None:
+        report.stand_in = runtime.library.stand_in
     emitter = TextEmitter(runtime.tokenizer, emit, sampling.stop, sampling.shown)
     recorder = None if sampling.logprobs is None else RecordLogprobs(sampling.logprobs)
     # A cache that leaves tokens out serves its own request alone.
@@ -229,6 +297,8 @@ def answer(
             runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
         if report.fused:
             mark_used(runtime, prompt, selector)
+            if isinstance(cache, FusedCache) and runtime.library is not None:
+                runtime.library.keep_resident(cache.on_device)
     except Abandoned:
         return replace(report, finish_reason="abandoned")
     report.fresh_tokens = prompt.n_tokens - report.cached_tokens - report.created_tokens

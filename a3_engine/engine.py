@@ -20,6 +20,7 @@ from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.ingestion import Precomputed, ingest
+from a3_engine.chunks.stand_in import SHIPPED, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
@@ -28,7 +29,7 @@ from a3_engine.decoding.stream import Answer, AsyncTokenStream, Emit, TokenStrea
 from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.selectors import DEFAULT, make_selector
+from a3_engine.fusion.selectors import choose_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.messages import clean
 from a3_engine.method import Method
@@ -38,14 +39,15 @@ from a3_engine.model.loading import (
     known_context_window,
     known_to_chat,
     load_model,
+    transformers_model,
 )
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.runtime import Runtime, start
+from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 
-METHOD_OPTIONS = ("selector", "ratio", "compression", "keep")
+METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
 Request = str | Sequence[Message] | Prompt
@@ -66,7 +68,10 @@ class A3Engine:
         The model's name in reports.
     cache_dir : path or None
         Folder for chunks and unpacked models; the user's cache folder by default.
-    selector : str or Selector
+    quality : str or None
+        ``"fast"`` recomputes nothing, ``"balanced"`` is the default, ``"exact"`` an ordinary
+        prefill; in place of selector and ratio.
+    selector : str, Selector or None
         The fusion method; see ``a3_engine.fusion.selectors``.
     ratio : float or None
         Recompute ratio, 0 to 1; the method's own default where None.
@@ -77,6 +82,9 @@ class A3Engine:
     encode_prefix : str
         What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
+    stand_in : str or sequence of str
+        What they are computed behind as well, in place of a prompt's other documents:
+        ``"shipped"``, ``"none"`` or passages of your own; see :mod:`a3_engine.chunks.stand_in`.
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
@@ -91,22 +99,26 @@ class A3Engine:
         *,
         name: str,
         cache_dir: str | Path | None = None,
-        selector: str | Selector = DEFAULT,
+        quality: str | None = None,
+        selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
+        stand_in: str | Sequence[str] = SHIPPED,
         size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
     ) -> None:
         self.name = name
         self.cache_dir = _absolute(cache_dir)
-        self.selector = make_selector(selector, ratio)
+        self.selector = choose_selector(selector, ratio, quality)
         self.compression = make_compression(compression, keep)
+        passages_of(stand_in)  # a wrong one fails here
         self._source = source
         self._settings: dict[str, Any] = {
             "encode_prefix": encode_prefix,
+            "stand_in": stand_in,
             "size_limit": size_limit,
             "codec": get_codec(codec).name,
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
@@ -147,6 +159,7 @@ class A3Engine:
         ModelLoadError
             On first use, if nothing can be loaded.
         """
+        model = transformers_model(model)
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ValueError("Give the tokenizer together with a loaded model.")
@@ -176,7 +189,10 @@ class A3Engine:
 
     @property
     def runtime(self) -> Runtime:
-        """Model, planner and store; made by the first thread that asks."""
+        """Model, planner and store; made by the first thread that asks.
+
+        Where the model's weights or adapters changed, its chunks are others from then on.
+        """
         with self._starting:
             if self._runtime is None:
                 own = callable(self._source)
@@ -188,12 +204,14 @@ class A3Engine:
                 self._runtime = start(
                     self.name, model, tokenizer, own=own, cache_dir=self.cache_dir, **self._settings
                 )
+            elif self._runtime.watch.changed():
+                self._runtime = renewed(self._runtime)
             return self._runtime
 
     @property
     def context_window(self) -> int:
         """Tokens that the prompt and its answer may have together."""
-        return _window_of(self.runtime.model)
+        return self.runtime.context_window
 
     @property
     def known_window(self) -> int | None:
@@ -201,7 +219,7 @@ class A3Engine:
         if self._runtime is not None:
             return self.context_window
         if not callable(self._source):
-            return _window_of(self._source[0])
+            return context_window(self._source[0])
         if self._recipe is None:
             return None
         return known_context_window(str(self._recipe["model"]), self._recipe["cache_dir"])
@@ -221,7 +239,7 @@ class A3Engine:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what the engine computes: model, tokenizer, dtype and encode prefix."""
+        """Identity of what the engine computes: model, tokenizer, dtype, prefix and stand-in."""
         return self.runtime.fingerprint
 
     def identity(self, **options: Any) -> str:
@@ -273,9 +291,11 @@ class A3Engine:
             library.catalogue.try_to_write()
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks that have this tag alone; returns how many were stored.
+        """Remove the chunks that have this tag alone; returns how many entries there were.
 
         A chunk that several documents share has all their tags, and goes with the last of them.
+        Behind a stand-in a chunk has two entries: itself, and its first tokens as they open a
+        prompt.
         """
         if not isinstance(tag, str):
             raise TypeError(f"A tag is a text, not {type(tag).__name__}.")
@@ -291,6 +311,16 @@ class A3Engine:
     def verify(self) -> list[str]:
         """Check every stored chunk, remove the damaged ones, and say what was wrong with them."""
         return self.runtime.store.verify()
+
+    def refresh(self) -> None:
+        """Read the model's weights anew, after a change that the engine cannot notice.
+
+        It notices weights changed in place or exchanged, and adapters switched, scaled or merged;
+        not adapters that are added, nor what is written through ``weight.data``.
+        """
+        with self._starting:
+            if self._runtime is not None:
+                self._runtime = renewed(self._runtime)
 
     def close(self) -> None:
         """Release the store's files. The engine can be used again; it then opens anew."""
@@ -355,6 +385,7 @@ class A3Engine:
         request: Request,
         *,
         chunks: Sequence[str | Chunk] = (),
+        quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
@@ -367,7 +398,7 @@ class A3Engine:
         ----------
         request, chunks
             See :meth:`plan`.
-        selector, ratio, compression, keep
+        quality, selector, ratio, compression, keep
             Override the engine's method for this request.
         **sampling
             Fields of :class:`~a3_engine.decoding.sampling.Sampling`.
@@ -383,6 +414,7 @@ class A3Engine:
             self._work(
                 request,
                 chunks=chunks,
+                quality=quality,
                 selector=selector,
                 ratio=ratio,
                 compression=compression,
@@ -426,8 +458,9 @@ class A3Engine:
         room : int
             Slots for tokens behind the prompt; the cache grows beyond them where needed.
         **method
-            ``selector``, ``ratio``, ``compression``, ``keep``. A compression is applied by
-            ``cache.compressor.compress(model, cache, first token)`` behind the forward pass.
+            ``quality``, ``selector``, ``ratio``, ``compression``, ``keep``. A compression is
+            applied by ``cache.compressor.compress(model, cache, first token)`` behind the forward
+            pass.
 
         Raises
         ------
@@ -447,13 +480,14 @@ class A3Engine:
 
     def _method(
         self,
+        quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
     ) -> Method:
         return Method(
-            make_selector(self.selector if selector is None else selector, ratio),
+            choose_selector(selector, ratio, quality, self.selector),
             make_compression(self.compression if compression is None else compression, keep),
         )
 
@@ -485,11 +519,6 @@ class A3Engine:
                 return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
 
         return work
-
-
-def _window_of(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def _absolute(cache_dir: str | Path | None) -> Path:

@@ -24,3 +24,9 @@ class UnsupportedModelError(A3Error):
 
 class StoreError(A3Error, RuntimeError):
     """The chunk store cannot be opened or written."""
+
+
+def shortened(error: BaseException) -> str:
+    """An error of another library in one line; some of them list everything there is."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -53,6 +53,8 @@ class PromptPlanner:
         What chunks are computed behind: ``"template"`` (what the chat template puts before the
         first user text; BOS where there is no template), ``"bos"``, ``"none"``, or any other text,
         in which control tokens count.
+    stand_in : sequence of str
+        Passages that chunks are computed behind as well, joined as documents in a prompt are.
     find : callable
         Finds known chunks in plain text; see :class:`~a3_engine.chunks.catalogue.Catalogue`.
     """
@@ -61,6 +63,7 @@ class PromptPlanner:
         self,
         tokenizer: PreTrainedTokenizerBase,
         encode_prefix: str = "template",
+        stand_in: Sequence[str] = (),
         find: Callable[[str], list[Match]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -75,6 +78,10 @@ class PromptPlanner:
             self._trims = probe not in self._render(turn)
             self._knows_tools = PROBE["function"]["name"] in self._render(turn, [PROBE])
         self.prefix_ids = self._prefix(encode_prefix)
+        gap = self.tokenize_text("\n\n")
+        self.stand_in_ids = tuple(
+            token for text in stand_in for token in (*self.chunk_ids(text), *gap)
+        )
 
     def plan(
         self,

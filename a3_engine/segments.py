@@ -9,12 +9,15 @@ import torch
 
 from a3_engine.fusion.layout import Layout, Span
 
-Kind = Literal["prefix", "chunk", "fresh"]
+Kind = Literal["prefix", "chunk", "head", "fresh"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of the prompt that is either cached (the encode prefix, a chunk) or fresh."""
+    """A run of the prompt that is either cached (the encode prefix, a chunk) or fresh.
+
+    A head is a chunk's first tokens; see :meth:`~a3_engine.chunks.library.ChunkLibrary.head`.
+    """
 
     kind: Kind
     ids: tuple[int, ...]
@@ -47,16 +50,18 @@ class Prompt:
             position += len(segment.ids)
         return [(start, segment) for start, segment in starts if segment.kind != "fresh"]
 
-    def layout(self, behind: tuple[int, ...], reused: int = 0) -> Layout:
+    def layout(self, behind: tuple[int, ...], reused: int = 0, head: int | None = None) -> Layout:
         """Positions by role.
 
         Parameters
         ----------
         behind : tuple of int
-            The ids that chunks were computed behind; a first chunk that stands just there is exact.
+            The encode prefix: a chunk that stands just behind it is exact.
         reused : int
             Tokens at the start that have no role, because an earlier turn computed them. What it
             leaves of a chunk that it cuts is fresh.
+        head : int or None
+            Only so many first tokens of that chunk are exact; all for None.
         """
         chunks: list[Span] = []
         fresh: list[torch.Tensor] = []
@@ -66,7 +71,8 @@ class Prompt:
         for index, segment in enumerate(self.segments):
             stop = position + len(segment.ids)
             if segment.kind == "chunk" and position >= reused:
-                chunks.append(Span(position, stop, exact=tuple(so_far) == behind))
+                n_exact = stop - position if head is None else min(head, stop - position)
+                chunks.append(Span(position, stop, n_exact if tuple(so_far) == behind else 0))
             elif segment.kind != "prefix" and stop > reused:
                 fresh.append(torch.arange(max(position, reused), stop))
                 if index >= self.question_from:

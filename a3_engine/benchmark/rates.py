@@ -14,9 +14,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from a3_engine import native
 from a3_engine.benchmark.roofline import Shape
 from a3_engine.model.packing import PackedLinear
+from a3_engine.native import loops
 
 REPEATS = 5
 SQUARE = {"cpu": 2048}  # side of a product that is large for the device
@@ -54,7 +54,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "dtype": str(dtype).removeprefix("torch."),
-        "loops": device.type == "cpu" and native.library(dtype) is not None,
+        "loops": device.type == "cpu" and loops.library(dtype) is not None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -65,7 +65,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """A large square product in the model's dtype, and large copies; the fastest of five."""
     side = SQUARE.get(device.type, LARGE_SQUARE)
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    copy_s, new_copy_s = copy_seconds(COPIED, device)
+    copy_s, new_copy_s = copy_seconds(COPIED, device, device)
     return Rates(
         matmul=2 * side**3 / fastest(lambda: left @ right, device),
         copy=2 * COPIED / copy_s,
@@ -74,11 +74,18 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 @torch.inference_mode()
-def copy_seconds(nbytes: int, device: torch.device) -> tuple[float, float]:
-    """Of a plain copy into memory at hand, and into new memory; the fastest of five each."""
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return fastest(lambda: target.copy_(source), device), fastest(source.clone, device)
+def copy_seconds(nbytes: int, origin: torch.device, device: torch.device) -> tuple[float, float]:
+    """Of a plain copy into memory at hand, and into new memory; the fastest of five each.
+
+    From the host to a GPU it begins in pinned memory.
+    """
+    pinned = origin.type == "cpu" and device.type == "cuda"
+    source = torch.ones(nbytes, dtype=torch.uint8, device=origin, pin_memory=pinned)
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return (
+        fastest(lambda: target.copy_(source), device),
+        fastest(lambda: torch.empty_like(target).copy_(source), device),
+    )
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from a3_engine.benchmark.memory import peak_growth
 from a3_engine.benchmark.rates import copy_seconds, now
 from a3_engine.engine import A3Engine
@@ -23,8 +25,9 @@ PARTS = ("plan", "load", "select", "recompute", "first_token", "other")
 class Timed(NamedTuple):
     """One request: what its report says, and the seconds of each of `PARTS`.
 
-    Right behind it, as many bytes as it read were copied in ``copy_s`` seconds into memory at hand,
-    and in ``new_copy_s`` into memory that the system has yet to hand out, page by page.
+    Right behind it, as many bytes as it read were copied in ``copy_s`` seconds from the host's
+    memory into the device's at hand, and in ``new_copy_s`` into memory that the system has yet to
+    hand out, page by page.
     """
 
     report: FusionReport
@@ -55,7 +58,8 @@ def take_turns(
     """Every method's request, again and again, the methods in turn.
 
     A first round stores missing chunks and warms up; it is not handed out. A last one measures
-    memory: it gives freed memory back first, which would make a request slower.
+    memory: it gives freed memory back first, which would make a request slower. On a GPU each round
+    has a longer question, since some of its libraries prepare for every new length.
 
     Yields
     ------
@@ -65,12 +69,14 @@ def take_turns(
         At last, the bytes by which memory grew at most, where it can be known.
     """
     turns = [method for _ in range(repeats + 1) for method in methods]
+    device = engine.runtime.model.device
     for number, method in enumerate(turns):
+        longer = " Think." * (number // len(methods)) if device.type == "cuda" else ""
         engine.runtime.turns.clear()  # what an earlier request left is no part of this one
-        timed = timed_request(engine, question, chunks, method, answer_tokens)
+        timed = timed_request(engine, question + longer, chunks, method, answer_tokens)
         if number >= len(methods):
             assert timed.report.misses == 0
-            copied = copy_seconds(timed.report.bytes_read, engine.runtime.model.device)
+            copied = copy_seconds(timed.report.bytes_read, torch.device("cpu"), device)
             yield method, Timed(timed.report, timed.parts, *copied)
     for method in methods:
         engine.runtime.turns.clear()

@@ -114,6 +114,10 @@ class Catalogue:
                         behind = stop
             return matches
 
+    def of(self, engine: str) -> Catalogue:
+        """The same for another engine."""
+        return Catalogue(self._store, engine)
+
     def _longest(
         self, text: str, start: int, stops: npt.NDArray[np.int64], sums: Rolling
     ) -> int | None:

@@ -45,7 +45,8 @@ def ingest(
                 f"begins with {segment.text[:40]!r}."
             )
     library = runtime.library
-    missing = library.missing(segments)
+    heads = [head for segment in segments if (head := library.head(segment)) is not None]
+    missing = library.missing([*segments, *heads])
     _say_what_it_takes(runtime, missing)
     quiet = not progress or not missing
     dropping = False
@@ -59,11 +60,12 @@ def ingest(
                     "ones. %s",
                     _way_out(runtime),
                 )
-    library.tag(segments)
+    library.tag([*segments, *heads])
     library.know(segments)
     library.catalogue.write()
+    computed = sum(segment.kind == "chunk" for segment in missing)
     dropped = 0 if runtime.store.local.readonly else len(library.missing(segments))
-    return Precomputed(len(missing), len(segments) - len(missing), dropped)
+    return Precomputed(computed, len(segments) - computed, dropped)
 
 
 def _first(segments: list[Segment]) -> Segment:
@@ -76,12 +78,13 @@ def _say_what_it_takes(runtime: Runtime, missing: list[Segment]) -> None:
     assert runtime.library is not None
     nbytes = sum(runtime.library.header(segment).nbytes for segment in missing)
     limit = runtime.store.local.size_limit
-    logger.info("%d chunks will take %.2f GiB of the disk.", len(missing), nbytes / 2**30)
+    n_chunks = sum(segment.kind == "chunk" for segment in missing)
+    logger.info("%d chunks will take %.2f GiB of the disk.", n_chunks, nbytes / 2**30)
     if nbytes > limit:
         logger.warning(
             "%d chunks will take %.2f GiB, and the chunk store keeps to %.2f GiB: the first will "
             "be dropped for the last. %s",
-            len(missing),
+            n_chunks,
             nbytes / 2**30,
             limit / 2**30,
             _way_out(runtime),

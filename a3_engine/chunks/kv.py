@@ -39,3 +39,9 @@ def kv_shape(decoder: PreTrainedModel, n_tokens: int) -> tuple[int, int, int, in
         config.hidden_size // config.num_attention_heads
     )
     return len(decoder.layers), config.num_key_value_heads, n_tokens, head_dim
+
+
+def token_nbytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values, over all layers."""
+    layers, kv_heads, _, head_dim = kv_shape(model.get_decoder(), 1)
+    return 2 * layers * kv_heads * head_dim * model.dtype.itemsize

@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from itertools import groupby
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -13,11 +15,12 @@ from transformers import PreTrainedModel
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.encoding import batches, encode_chunks
-from a3_engine.chunks.fingerprint import chunk_key
+from a3_engine.chunks.fingerprint import chunk_key, digest
 from a3_engine.chunks.flights import Flights
 from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.chunks.payload import Header, Payload
+from a3_engine.chunks.resident import Resident
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.errors import StoreError
 from a3_engine.model.computing import Computing
@@ -25,6 +28,9 @@ from a3_engine.model.rotary import Rotation
 from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
+
+READERS = 8  # chunks of a request that are read and checked at once
+HEAD_TOKENS = 64
 
 
 class Fetched(NamedTuple):
@@ -37,7 +43,7 @@ class Fetched(NamedTuple):
 
 
 class ChunkLibrary:
-    """Chunks computed by one model behind one encode prefix.
+    """Chunks computed by one model behind one encode prefix and one stand-in.
 
     Parameters
     ----------
@@ -46,9 +52,11 @@ class ChunkLibrary:
     engine : str
         Fingerprint of model, tokenizer, dtype, codec and rotary parameters.
     codec : str
-        How chunks are stored. The encode prefix is always raw: every chunk is computed behind it.
-    prefix_ids : tuple of int
+        How chunks are stored. What they are computed behind is always raw.
+    prefix_ids, stand_in_ids : tuple of int
         What chunks are computed behind; may be empty.
+    room : int
+        Tokens that the model's positions are good for.
     computing : Computing
         Where the model computes.
     """
@@ -63,17 +71,42 @@ class ChunkLibrary:
         engine: str,
         codec: str,
         prefix_ids: tuple[int, ...],
+        stand_in_ids: tuple[int, ...],
+        room: int,
         computing: Computing,
     ) -> None:
         self.store = store
         self.catalogue = catalogue
-        self.prefix_ids = prefix_ids
+        self.prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
+        self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
+        self._room = room
         self._decoder, self._rotation = decoder, rotation
         self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
         self._engine, self.codec = engine, codec
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = Flights()
+        self._device = decoder.device
+        self.resident = Resident.on(self._device)
+        # On a CPU the hashes of several chunks at once take longer than the one it is used for.
+        self._readers = (
+            None if self._device.type == "cpu" else ThreadPoolExecutor(READERS, "a3-read")
+        )
+
+    def of(self, engine: str) -> ChunkLibrary:
+        """The same for another fingerprint."""
+        return ChunkLibrary(
+            self._decoder,
+            self._rotation,
+            self.store,
+            self.catalogue.of(engine),
+            engine=engine,
+            codec=self.codec,
+            prefix_ids=self.prefix_ids,
+            stand_in_ids=self._all_ids[len(self.prefix_ids) :],
+            room=self._room,
+            computing=self._computing,
+        )
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
         """Those that are not stored, each once."""
@@ -96,6 +129,23 @@ class ChunkLibrary:
         for tag, keys in by_tag.items():
             self.store.retag(dict.fromkeys(keys, tag))
 
+    def fetch_all(
+        self, segments: Sequence[Segment], beside: Sequence[Segment]
+    ) -> Iterator[Fetched]:
+        """:meth:`fetch` of each; for a GPU, several are read and checked at once."""
+        if self._readers is None:
+            return (self.fetch(segment, beside) for segment in segments)
+        # The threads wait on behalf of this request; see `patience`.
+        contexts = [copy_context() for _ in segments]
+        return self._readers.map(
+            lambda context, segment: context.run(self.fetch, segment, beside), contexts, segments
+        )
+
+    def keep_resident(self, brought: Iterable[tuple[Segment, ChunkKV]]) -> None:
+        """Leave what a request has brought to the device, whole, there for the next one."""
+        for segment, kv in brought:
+            self.resident.put(self.header(segment).key, kv)
+
     def fetch(self, segment: Segment, beside: Iterable[Segment] = ()) -> Fetched:
         """Load a segment's KV, or compute and store it, and know its text from then on.
 
@@ -107,14 +157,16 @@ class ChunkLibrary:
         it.
         """
         header = self.header(segment)
+        if (resident := self.resident.get(header.key)) is not None:
+            return Fetched(resident, True, header.nbytes, 0.0)
         if (stored := self.store.get(header)) is not None:
-            return Fetched(stored.kv(), True, stored.nbytes, 0.0)
-        prefix = self._prefix(segment)
+            return Fetched(self._near(stored), True, stored.nbytes, 0.0)
+        behind = self._kv_behind(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
-                return Fetched(stored.kv(), True, stored.nbytes, 0.0)
+                return Fetched(self._near(stored), True, stored.nbytes, 0.0)
             self.mark_used(beside)
-            [payload], started = self._compute([segment], prefix)
+            [payload], started = self._compute([segment], behind)
             try:
                 self.store.put(payload, segment.tag)
             except StoreError as error:
@@ -122,6 +174,15 @@ class ChunkLibrary:
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
+
+    def _near(self, stored: Payload) -> ChunkKV:
+        """A stored chunk where the device gets at it fast: decoded there, or in pinned memory."""
+        if self._device.type != "cuda":
+            return stored.kv()
+        if stored.header.codec != DEFAULT_CODEC:
+            return stored.on(self._device).kv()
+        kv = stored.kv()
+        return kv if kv.keys.is_pinned() else ChunkKV(kv.keys.pin_memory(), kv.values.pin_memory())
 
     def mark_used(self, segments: Iterable[Segment]) -> None:
         """Let the least recently used chunks be others; a write, so not before a first token."""
@@ -138,22 +199,30 @@ class ChunkLibrary:
         StoreError
             A segment cannot be written; what was written before it stays.
         """
-        lengths = [len(segment.ids) for segment in segments]
+        together = [
+            batch
+            for _, group in groupby(sorted(segments, key=self.behind), self.behind)
+            for batch in self._batches(list(group))
+        ]
         with ThreadPoolExecutor(1, "a3-store") as writer:
             before: Future[int] | None = None
-            for batch in batches(segments, lengths, self._decoder.device):
+            for batch in together:
                 before, done = self._launch(batch, writer), before
                 if done is not None:
                     yield from [None] * done.result()
             if before is not None:
                 yield from [None] * before.result()
 
+    def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+        lengths = [len(segment.ids) for segment in segments]
+        return batches(segments, lengths, self._decoder.device)
+
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
-        prefix = self._prefix(batch[0])
+        behind = self._kv_behind(batch[0])
         with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
-            payloads = self._compute(missing, prefix)[0] if missing else []
+            payloads = self._compute(missing, behind)[0] if missing else []
             flight = held.pop_all()
 
         def land() -> int:
@@ -164,23 +233,40 @@ class ChunkLibrary:
 
         return writer.submit(land)
 
-    def _prefix(self, segment: Segment) -> ChunkKV | None:
-        """What a segment is computed behind."""
-        if segment.kind != "chunk" or not self.prefix_ids:
+    def behind(self, segment: Segment) -> tuple[int, ...]:
+        """Ids that a segment is computed behind; no stand-in where both would not fit."""
+        if segment.kind == "prefix":
+            return ()
+        fits = len(self._all_ids) + len(segment.ids) <= self._room
+        return self._all_ids if fits and segment.kind == "chunk" else self.prefix_ids
+
+    def head(self, chunk: Segment) -> Segment | None:
+        """A chunk's first tokens, computed behind the prefix alone; None where it is itself so.
+
+        A chunk that opens a prompt has no other document before it, and its first tokens feel
+        that most: with its head these are exact.
+        """
+        if self.behind(chunk) == self.prefix_ids:
             return None
-        prefix = Segment("prefix", self.prefix_ids)
-        kv = self.fetch(prefix).kv
-        self.mark_used([prefix])
+        return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag)
+
+    def _kv_behind(self, segment: Segment) -> ChunkKV | None:
+        """KV of what a segment is computed behind; stored as all else, so computed once."""
+        if not (ids := self.behind(segment)):
+            return None
+        before = Segment("prefix", ids)
+        kv = self.fetch(before).kv
+        self.mark_used([before])
         return kv
 
     def _compute(
-        self, segments: Sequence[Segment], prefix: ChunkKV | None
+        self, segments: Sequence[Segment], behind: ChunkKV | None
     ) -> tuple[list[Payload], float]:
         """The segments' payloads, and when their computation began."""
 
         def encode() -> tuple[list[ChunkKV], float]:
             started, ids = time.perf_counter(), [segment.ids for segment in segments]
-            return encode_chunks(self._decoder, self._rotation, ids, prefix), started
+            return encode_chunks(self._decoder, self._rotation, ids, behind), started
 
         computed, started = self._computing.run(encode)
         return [
@@ -189,18 +275,21 @@ class ChunkLibrary:
         ], started
 
     def evict(self, tag: str) -> int:
-        """Remove the chunks that have this tag alone; returns how many were stored."""
+        """Remove the chunks that have this tag alone, and their heads; returns how many entries."""
         self.catalogue.write()  # what has the tag since a moment ago
-        return len(self.store.evict(tag))
+        keys = self.store.evict(tag)
+        self.resident.discard(keys)
+        return len(keys)
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
-        behind = () if segment.kind == "prefix" else self.prefix_ids
+        behind = self.behind(segment)
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
         layers, kv_heads, _, head_dim = self._shape
         shape = (layers, kv_heads, len(segment.ids), head_dim)
-        return Header(key, self._engine, shape, self._dtype, codec)
+        stand_in = self.stand_in if behind != self.prefix_ids and behind else ""
+        return Header(key, self._engine, shape, self._dtype, codec, stand_in=stand_in)
 
 
 def _about(segment: Segment) -> str:

@@ -33,7 +33,8 @@ class Header:
     """What a payload must say of itself to be used for a request.
 
     ``shape`` is ``(layers, kv_heads, tokens, head_dim)`` of the decoded keys and values, ``dtype``
-    theirs as torch prints it. A part of a chunk begins at ``first_layer``.
+    theirs as torch prints it. A part of a chunk begins at ``first_layer``. ``stand_in`` names the
+    passages that it was computed behind, and is left out where there were none.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Header:
     dtype: str
     codec: str
     first_layer: int = 0
+    stand_in: str = ""
     version: int = FORMAT_VERSION
 
     @property
@@ -65,7 +67,10 @@ class Header:
         return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.layout.values())
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        said = asdict(self)
+        if not self.stand_in:
+            del said["stand_in"]
+        return json.dumps(said, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Header:
@@ -120,6 +125,10 @@ class Payload:
         """Decode. Do not write into it: it may be the store's memory."""
         header = self.header
         return get_codec(header.codec).decode(self.tensors, header.shape, header.torch_dtype)
+
+    def on(self, device: torch.device) -> Payload:
+        """The same with its tensors on a device, to be decoded there."""
+        return replace(self, tensors={n: t.to(device) for n, t in self.tensors.items()})
 
     def to_bytes(self, secret: bytes | None = None) -> bytes:
         """A safetensors document."""

@@ -12,6 +12,8 @@ from a3_engine.benchmark import simulate
 from a3_engine.benchmark.plots import stacked_parts
 from a3_engine.benchmark.run import run
 from a3_engine.benchmark.table import tables
+from a3_engine.chunks.stand_in import SHIPPED
+from a3_engine.cli.options import STAND_IN_HELP, stand_in
 from a3_engine.cli.plot import check_suffix, save
 from a3_engine.engine import A3Engine
 from a3_engine.fusion.selectors import DEFAULT
@@ -55,6 +57,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
+    run.add_argument("--stand-in", type=stand_in, default=SHIPPED, help=STAND_IN_HELP)
     run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, fp8, int4")
     run.add_argument(
         "--simulate",
@@ -78,7 +81,13 @@ def run_bench(options: argparse.Namespace) -> None:
     methods = make_methods(options.methods.split(","), ratios)
     load = partial(load_model, options.model, cache_dir=default_cache_dir(), dtype=options.dtype)
     with tempfile.TemporaryDirectory(prefix="a3-bench-") as store:
-        engine = A3Engine(load, name=options.model, cache_dir=store, codec=options.codec)
+        engine = A3Engine(
+            load,
+            name=options.model,
+            cache_dir=store,
+            codec=options.codec,
+            stand_in=options.stand_in,
+        )
         model = engine.runtime.model
         # No such token: all answers have the same length.
         model.generation_config.eos_token_id = model.config.get_text_config().vocab_size

@@ -15,8 +15,10 @@ from a3_engine.chunks.archive import export_chunks, import_chunks
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.chunks.doctor import examine
 from a3_engine.chunks.payload import DamagedPayload, read_header
+from a3_engine.chunks.stand_in import NONE, SHIPPED
 from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.cli.options import STAND_IN_HELP, stand_in
 from a3_engine.cli.reading import folder, nbytes, seconds, text_of, texts_of_lines
 from a3_engine.engine import A3Engine
 from a3_engine.errors import UnsupportedModelError
@@ -67,6 +69,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
     warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    warm.add_argument("--stand-in", type=stand_in, default=SHIPPED, help=STAND_IN_HELP)
     warm.add_argument("--size-limit", type=nbytes, metavar="SIZE")
     warm.add_argument("--store", help="URL of a shared store")
     doctor = action("doctor", run_doctor, "examine the folder, the index and the shared store")
@@ -78,6 +81,7 @@ def show_stats(options: argparse.Namespace) -> None:
     store = _read(options)
     stats = store.stats()
     codecs: Counter[str] = Counter()
+    stand_ins: Counter[str] = Counter()
     tokens = 0
     for _, path in store.entries():
         try:
@@ -86,6 +90,7 @@ def show_stats(options: argparse.Namespace) -> None:
             codecs["damaged"] += 1
             continue
         codecs[header.codec] += 1
+        stand_ins[header.stand_in or NONE] += 1
         tokens += header.n_tokens
     figures = {
         "directory": stats.directory,
@@ -93,6 +98,7 @@ def show_stats(options: argparse.Namespace) -> None:
         "nbytes": stats.nbytes,
         "tokens": tokens,
         "codecs": dict(codecs),
+        "stand_ins": dict(stand_ins),
     }
     if options.json:
         print(json.dumps(figures))
@@ -110,7 +116,12 @@ def show_entries(options: argparse.Namespace) -> None:
             continue
         try:
             header = read_header(path)
-            what = {"tokens": header.n_tokens, "codec": header.codec, "engine": header.engine[:12]}
+            what = {
+                "tokens": header.n_tokens,
+                "codec": header.codec,
+                "engine": header.engine[:12],
+                "stand_in": header.stand_in or NONE,
+            }
         except DamagedPayload as error:
             what = {"damaged": str(error)}
         line = {
@@ -196,6 +207,7 @@ def run_warm(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         cache_dir=options.cache_dir,
         encode_prefix=options.encode_prefix,
+        stand_in=options.stand_in,
         size_limit=options.size_limit,
         codec=options.codec,
         store=options.store,

@@ -23,6 +23,7 @@ from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.model.devices import input_device
 
 
 def decode(
@@ -68,7 +69,7 @@ def decode(
         eos_token_id=ends,
         pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    inputs = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
+    inputs = torch.tensor([list(ids)], device=input_device(model))
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(inputs),
         "generation_config": config,

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 from a3_engine.decoding.sampling import Sampling, draw
 from a3_engine.decoding.streaming import TextEmitter
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.model.devices import input_device
+from a3_engine.model.rows import send
 
 
 class Reply:
@@ -52,10 +54,9 @@ class Reply:
         self.reason: str | None = None
         self.error: BaseException | None = None
         self._model = model
-        device = model.get_input_embeddings().weight.device
-        self.ids = torch.tensor([list(ids)], device=device)
+        self.ids = send(torch.tensor([list(ids)]), input_device(model))
         self._sampling, self._processors = sampling, processors
-        self._generator = torch.Generator(device)
+        self._generator = torch.Generator(self.ids.device)
         if sampling.seed is not None:
             self._generator.manual_seed(sampling.seed)
         self._ends, self._emitter, self._abandoned = ends, emitter, abandoned

@@ -11,10 +11,11 @@ import threading
 
 from transformers import PreTrainedModel
 
+from a3_engine.decoding.graphs import GraphedSteps
 from a3_engine.decoding.reply import Reply
-from a3_engine.fusion.batch import step
 from a3_engine.fusion.fuse import arguments
 from a3_engine.model.computing import Computing
+from a3_engine.model.devices import input_device
 from a3_engine.processes import make_anew_in_child
 
 
@@ -36,7 +37,7 @@ class SharedDecoding:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         self.computing = Computing.on(self._device)
         self.settings = model.generation_config
         self._renew()
@@ -46,6 +47,7 @@ class SharedDecoding:
         self._meeting = threading.Condition()
         self._replies: list[Reply] = []
         self._led = False
+        self._graphs = GraphedSteps(self._model)
 
     def run(self, reply: Reply) -> None:
         """Prefill a reply, and decode it to its end; one thread of those that wait leads."""
@@ -61,6 +63,7 @@ class SharedDecoding:
                         self._led = False
                         self._meeting.notify_all()
         finally:  # also when the thread that waits is interrupted
+            self._graphs.leave(reply.cache)
             self.computing.rest()
             with self._meeting:
                 self._replies = [other for other in self._replies if other is not reply]
@@ -86,7 +89,8 @@ class SharedDecoding:
             replies = [reply for reply in self._replies if not reply.ended]
         try:
             tokens = [int(reply.ids[0, -1]) for reply in replies]
-            logits = step(self._model, tokens, [r.cache for r in replies], self._device)
+            caches = [reply.cache for reply in replies]
+            logits = self._graphs.step(tokens, caches)
         except BaseException as error:
             for reply in replies:
                 reply.error = error

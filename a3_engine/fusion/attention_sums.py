@@ -9,7 +9,7 @@ import torch
 
 from a3_engine.fusion.layout import Layout
 from a3_engine.model.attention import multiply
-from a3_engine.model.rows import Rows
+from a3_engine.model.rows import Rows, send
 
 Pool = Literal["mean", "max"]
 
@@ -20,7 +20,7 @@ class AttentionSums:
     Parameters
     ----------
     layout : Layout
-        Its question has to be among the rows of the pass.
+        On the device of the first layer. Its question has to be among the rows of the pass.
     layers : collection of int
         The layers to look at.
     pool : str
@@ -31,10 +31,8 @@ class AttentionSums:
     def __init__(self, layout: Layout, layers: Collection[int], pool: Pool) -> None:
         self._layers, self._pool = layers, pool
         self._question = layout.question
-        # Causal within the question only: its words may also stand ahead of the documents.
-        self._first = int(layout.question[0])
-        where = torch.arange(self._first, layout.n_tokens)
-        self._after = torch.isin(where, layout.question) & (where > layout.question[:, None])
+        self._first, self._after = layout.question_start, layout.later_in_question
+        self._rows: Rows | None = None
         self._by_layer: dict[int, torch.Tensor] = {}
 
     def observe(
@@ -44,13 +42,15 @@ class AttentionSums:
         if layer not in self._layers:
             return
         kv_heads, n_tokens, head_dim = key.shape[1:]
-        index = torch.searchsorted(rows.positions, self._question).to(query.device)
+        if self._rows is not rows:
+            self._rows, self._among = rows, torch.searchsorted(rows.positions, self._question)
+        index = send(self._among, query.device)
         question = query[0, :, index] * scaling
         heads, n_question = question.shape[:2]
         scores = query.new_empty(kv_heads, heads // kv_heads * n_question, n_tokens)
         multiply(question.reshape(kv_heads, -1, head_dim), key[0].transpose(1, 2), scores)
         scores.view(heads, n_question, n_tokens)[..., self._first :].masked_fill_(
-            self._after.to(scores.device), float("-inf")
+            send(self._after, scores.device), float("-inf")
         )
         weights = torch.softmax(scores, dim=-1, out=scores).view(heads, n_question * n_tokens)
         # A product adds up in fp32 without a copy of the weights in fp32, as `mean` would make.
@@ -65,4 +65,4 @@ class AttentionSums:
     def total(self) -> torch.Tensor:
         """What was seen in all of them, on one device, ``(layers, tokens)``."""
         rows = list(self._by_layer.values())
-        return torch.stack([row.to(rows[0].device) for row in rows])
+        return torch.stack([send(row, rows[0].device) for row in rows])

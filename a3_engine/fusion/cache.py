@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from a3_engine.model.rows import Observer
+from a3_engine.model.rows import Observer, send
 
 if TYPE_CHECKING:
+    from a3_engine.chunks.kv import ChunkKV
     from a3_engine.decoding.compression.base import Compressor
     from a3_engine.fusion.fuse import FusionPass
+    from a3_engine.segments import Segment
 
 # Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
 # rows are written; may change in place what is stored, and the rows.
@@ -40,6 +42,11 @@ class FusedLayer(DynamicLayer):
         positions as if they were there.
     is_sliding : bool
         Whether the layer attends within a sliding window; it holds all tokens all the same.
+
+    Attributes
+    ----------
+    on_arrival : callable or None
+        Lays into the buffers what is still on its way to them; called before anybody looks.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class FusedLayer(DynamicLayer):
         self.left_out = left_out
         self.length = 0
         self.rows: torch.Tensor | None = None
+        self.on_arrival: Callable[[], None] | None = None
         self.before_write: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -73,18 +81,26 @@ class FusedLayer(DynamicLayer):
     def _first(self, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys.narrow(2, 0, n_slots), self._values.narrow(2, 0, n_slots)
 
+    def arrive(self) -> None:
+        """Lay into the buffers what is still on its way to them."""
+        if self.on_arrival is not None:
+            bring, self.on_arrival = self.on_arrival, None
+            bring()
+
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's keys and values as views, each of the buffers' shape up to ``n_prompt``."""
+        self.arrive()
         return self._first(self.n_prompt)
 
     def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write keys and values, each ``(prompts, kv_heads, rows, head_dim)``, into these slots."""
-        rows = rows.to(self.device)
+        rows = send(rows, self.device)
         self._keys.index_copy_(2, rows, keys)
         self._values.index_copy_(2, rows, values)
 
     def complete(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the pass's rows, unless that is done."""
+        self.arrive()
         if self.rows is None:
             return
         if self.before_write is not None:
@@ -99,19 +115,42 @@ class FusedLayer(DynamicLayer):
             self.complete(key_states, value_states)
             self.length = self.n_prompt
         else:
+            self.make_room(key_states.shape[2])
             stop = self.length + key_states.shape[2]
-            if stop > self._keys.shape[2]:
-                self._grow(stop + ROOM)
             self._keys[:, :, self.length : stop] = key_states
             self._values[:, :, self.length : stop] = value_states
             self.length = stop
         self._show()
         return self.keys, self.values
 
-    def _grow(self, capacity: int) -> None:
-        extra = capacity - self._keys.shape[2]
-        self._keys = torch.nn.functional.pad(self._keys, (0, 0, 0, extra))
-        self._values = torch.nn.functional.pad(self._values, (0, 0, 0, extra))
+    @classmethod
+    def following(cls, layer: DynamicLayer) -> FusedLayer:
+        """One that goes on where a layer of transformers' own stands."""
+        n_tokens = layer.keys.shape[2]
+        own = cls(layer.keys, layer.values, n_tokens)
+        own.length = n_tokens
+        own.make_room(1)
+        own._show()
+        return own
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with the slots that are free."""
+        return self._keys, self._values
+
+    def make_room(self, n_tokens: int) -> int:
+        """Have free slots for so many tokens at least; how many there are."""
+        missing = self.length + n_tokens - self._keys.shape[2]
+        if missing > 0:
+            more = (0, 0, 0, missing + ROOM)
+            self._keys = torch.nn.functional.pad(self._keys, more)
+            self._values = torch.nn.functional.pad(self._values, more)
+        return self._keys.shape[2] - self.length
+
+    def lengthen(self, n_tokens: int) -> None:
+        """Count tokens that were written into the free slots."""
+        self.length += n_tokens
+        self._show()
 
     def gather(self, slots: torch.Tensor, room: int) -> FusedLayer:
         """A layer of its own with only these slots of the prompt; there is no answer yet.
@@ -123,7 +162,8 @@ class FusedLayer(DynamicLayer):
         room : int
             Empty slots behind them.
         """
-        slots = slots.to(self.device).expand(self._keys.shape[1], -1)
+        self.arrive()
+        slots = send(slots, self.device).expand(self._keys.shape[1], -1)
         at = slots[None, :, :, None].expand(1, -1, -1, self._keys.shape[3])
         n_kept = slots.shape[1]
         keys, values = (
@@ -153,7 +193,7 @@ class FusedCache(Cache):
     Attributes
     ----------
     positions : torch.Tensor or None
-        Sorted positions of the prompt's slots, on the CPU; None where every token has one.
+        Sorted positions of the prompt's slots; None where every token has one.
     fusion : FusionPass or None
         What steers the first forward.
     observer : callable or None
@@ -161,6 +201,8 @@ class FusedCache(Cache):
         :class:`~a3_engine.model.rows.Rows`, whose positions are slots here.
     compressor : Compressor or None
         Cuts the cache behind the first token.
+    on_device : list of (Segment, ChunkKV)
+        What was brought to the device for it, whole once its pass is over.
     """
 
     layers: list[FusedLayer]
@@ -171,6 +213,7 @@ class FusedCache(Cache):
         self.fusion: FusionPass | None = None
         self.observer: Observer | None = None
         self.compressor: Compressor | None = None
+        self.on_device: list[tuple[Segment, ChunkKV]] = []
 
     def gathered(self, slots: Sequence[torch.Tensor | None], room: int = 0) -> FusedCache:
         """A cache of its own with each layer's given slots of the prompt, or with all for None."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from a3_engine import native
 from a3_engine.fusion.cache import FusedLayer
 from a3_engine.fusion.layout import Layout
 from a3_engine.model.rotary import Rotation, rotate_
+from a3_engine.model.rows import send
+from a3_engine.native import kernels_on, loops
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Drift:
     ----------
     repair : DriftRepair
     layout : Layout
-        Chunk tokens are moved; those marked exact are not, and are no probes either.
+        Chunk tokens are moved; those that are exact are not, and are no probes either.
     rotation : Rotation
         To compare and move keys without position.
     devices : sequence of torch.device
@@ -61,14 +62,15 @@ class Drift:
         devices: Sequence[torch.device],
     ) -> None:
         self._repair = repair
-        self._movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
-        for span in layout.chunks:
-            if not span.exact:
-                self._movable[span.start : span.stop] = True
+        movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
+        inexact = [slice(s.start + s.exact, s.stop) for s in layout.chunks]
+        for span in inexact:
+            movable[span] = True
+        self._span = slice(inexact[0].start, inexact[-1].stop) if inexact else slice(0, 1)
+        self._movable = send(movable, devices[0])
+        self._share = send(repair.strength * movable[self._span].float(), devices[0])
         self._tables = rotation.tables_up_to(layout.n_tokens, devices)
-        where = self._movable.nonzero()[:, 0].tolist() or [0]
-        self._span = slice(where[0], where[-1] + 1)
-        self._share = repair.strength * self._movable[self._span]
+        self._rows: torch.Tensor | None = None
 
     def apply(
         self,
@@ -83,20 +85,38 @@ class Drift:
         Parameters
         ----------
         rows : torch.Tensor
-            Sorted positions of the computed rows, on the CPU.
+            Sorted positions of the computed rows, on the first layer's device.
         fresh_key, fresh_value : torch.Tensor
             Theirs, ``(1, kv_heads, rows, head_dim)``.
         """
-        is_probe = self._movable[rows].nonzero()[:, 0]
-        if not len(is_probe):
-            return
-        limit = self._repair.probes
-        if len(is_probe) > limit:
-            is_probe = is_probe[torch.linspace(0, len(is_probe) - 1, limit).long()]
+        if self._rows is not rows:
+            self._rows = rows
+            self._which, self._count = self._probes(rows)
         keys, values = (state[0] for state in layer.stored())
         device, dtype = keys.device, keys.dtype
+        which, count = send(self._which, device), send(self._count, device)
+        rows = send(rows, device)
+        # It moves on with the layers' device.
+        share = self._share = send(self._share, device)
+        if (kernels := kernels_on(device)) is not None:
+            kernels.shift(
+                keys,
+                values,
+                self._span,
+                share,
+                rows,
+                which,
+                count,
+                (fresh_key[0], fresh_value[0]),
+                self._tables[index],
+                self._repair.temperature,
+            )
+            return
+        which = which[: int(count)]
+        if not len(which):
+            return
         cos, sin = self._tables[index]
-        at, which = rows[is_probe].to(device), is_probe.to(device)
+        at = rows[which]
 
         old_values = values.index_select(1, at)
         value_moves = fresh_value[0].index_select(1, which) - old_values
@@ -108,10 +128,8 @@ class Drift:
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
         keys, values = keys[:, self._span], values[:, self._span]
         table = cos[self._span], sin[self._span]
-        # It moves on with the layers' device.
-        share = self._share = self._share.to(device, torch.float)
-        if native.shifts(keys, values, probes, table[0]):
-            native.shift(
+        if loops.shifts(keys, values, probes, table[0]):
+            loops.shift(
                 keys,
                 values,
                 share,
@@ -132,6 +150,20 @@ class Drift:
         # The shift is an estimate: the model's own precision is enough to turn it.
         rotate_(shift, *table, compute=dtype)
         keys += shift
+
+    def _probes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the rows show the way, evenly taken from the chunks' own, and how many do.
+
+        The number is a tensor, which only the device knows; what lies beyond it means nothing.
+        """
+        passed = self._movable.index_select(0, rows).cumsum(0)
+        n_movable = passed[-1]
+        limit = min(self._repair.probes, len(rows))
+        nth = torch.arange(limit, device=rows.device)
+        spread = nth * (n_movable - 1).clamp(min=0) // max(limit - 1, 1)
+        nth = torch.where(n_movable > limit, spread, nth)
+        which = torch.searchsorted(passed, nth + 1).clamp(max=len(rows) - 1)
+        return which, n_movable.clamp(max=limit)
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

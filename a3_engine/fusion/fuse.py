@@ -8,6 +8,7 @@ the rows' keys and values over the loaded ones. No model code is copied.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,9 +30,9 @@ from a3_engine.fusion.selectors.base import (
     Selector,
     States,
 )
-from a3_engine.model.attention import project
+from a3_engine.model.attention import install, project
 from a3_engine.model.caching import cache_in, with_cache
-from a3_engine.model.rows import Near, Observer, Rows
+from a3_engine.model.rows import Near, Observer, Rows, send
 
 
 class Abandoned(Exception):
@@ -91,7 +92,8 @@ class FusionPass:
         # The cache holds the pass, and not the pass the cache: in a circle, its memory would wait
         # for Python's collector.
         self._sliding = [layer.is_sliding for layer in cache.layers]
-        self.layout = layout
+        self._home = cache.layers[0].device
+        self.layout = layout = layout.on(self._home)
         self.selector = selector
         self.abandoned = abandoned
         self.observer = observer
@@ -102,12 +104,16 @@ class FusionPass:
         self.near: tuple[int, Near] | None = None
         self.last_only = False
         self.selected_at = self.select_seconds = 0.0
-        self._everything = (
-            torch.arange(layout.n_tokens) if cache.positions is None else cache.positions
-        )
+        self._key_positions = cache.positions
+        if cache.positions is None:
+            self._everything = torch.arange(layout.n_tokens, device=self._home)
+        else:
+            self._key_positions = self._everything = send(cache.positions, self._home)
         self.rows = self._everything
         self._given = self._everything  # the positions of what the forward was called with
         self._masks: dict[bool, Rows] = {}  # of the current rows, by whether they see less than all
+        # What the forward hands to every layer, cut to the current rows once.
+        self._cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._started = time.perf_counter()
         cache.fusion = self
 
@@ -124,16 +130,18 @@ class FusionPass:
             self.take(selector.select(layout))
 
     def take(self, selected: torch.Tensor, near: tuple[int, Near] | None = None) -> None:
-        """Recompute these chunk tokens, given in any order.
+        """Recompute these chunk tokens, each given once, in any order.
 
         From a layer on they may see less than everything before them.
         """
         self.near = near
-        self.selected = torch.unique(selected.cpu())
-        self.rows = (
+        # What is picked and what is fresh never meet, so that their number is known without asking
+        # the device.
+        self.selected = send(selected, self._home).sort().values
+        self._go_on_with(
             self._everything[self.layout.reused :]
             if self.selector.ratio >= 1.0
-            else torch.unique(torch.cat([self.selected, self.layout.fresh]))
+            else torch.cat([self.selected, self.layout.fresh]).sort().values
         )
         if isinstance(self.selector, QuestionSelector) and 0.0 < self.selector.ratio < 1.0:
             stages = self.selector.stages(len(self._sliding))
@@ -143,19 +151,24 @@ class FusionPass:
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
 
+    def _go_on_with(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self._masks.clear()
+        self._cut.clear()
+
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
         """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
         before = self.rows, self.selected, self.narrowing, self.near, self._correct, self.observer
-        self.rows, self.selected = self.layout.fresh, torch.empty(0, dtype=torch.long)
+        self._go_on_with(self.layout.fresh)
+        self.selected = self.layout.fresh[:0]
         self.narrowing = self.near = self._correct = None
         self.observer = observer
         try:
             yield
         finally:
-            self.rows, self.selected, self.narrowing, self.near, self._correct, self.observer = (
-                before
-            )
+            rows, self.selected, self.narrowing, self.near, self._correct, self.observer = before
+            self._go_on_with(rows)
 
     def before_layer(
         self,
@@ -170,8 +183,11 @@ class FusionPass:
             raise Abandoned
         if index == 0:
             n_given = (args[0] if args else kwargs["hidden_states"]).shape[1]
-            everything = torch.arange(self.layout.n_tokens)
-            self._given = everything if n_given == len(everything) else self.rows
+            self._given = (
+                torch.arange(n_given, device=self._home)
+                if n_given == self.layout.n_tokens
+                else self.rows
+            )
         if (
             self.selected is None
             and isinstance(self.selector, LayerSelector)
@@ -180,34 +196,34 @@ class FusionPass:
             self._select_at(cache.layers[index], layer, args, kwargs)
         if self.narrowing is not None and self.narrowing.begins(index):
             before, left = self.rows, self.narrowing.pick(index)
-            self.rows = torch.unique(torch.cat([left, self.layout.fresh]))
-            among = torch.searchsorted(before, self.rows)
-            args, kwargs = _sliced(args, kwargs, among, len(before))
-        cached, mask = cache.layers[index], self._shared_mask(index, cache.positions)
-        cached.rows = mask.keys_before(self.rows)
+            self._go_on_with(torch.cat([left, self.layout.fresh]).sort().values)
+            args, kwargs = self._sliced(args, kwargs, before)
+        cached, mask = cache.layers[index], self._shared_mask(index)
+        cached.rows = mask.slots
         cached.before_write = (
             partial(self._correct, index, cached, self.rows)
             if self._correct and self.selected is not None
             else None
         )
-        among = torch.searchsorted(self._given, self.rows)
-        args, kwargs = _sliced(args, kwargs, among, len(self._given))
+        args, kwargs = self._sliced(args, kwargs, self._given)
         if self.last_only and index == len(cache.layers) - 1 and self.observer is None:
             _, key, value = project(layer, args, kwargs)
             cached.complete(key, value)
-            mask = Rows(self.rows[-1:], cache.positions)
-            args, kwargs = _sliced(args, kwargs, torch.tensor([-1]), len(self.rows))
+            before = self.rows
+            self._go_on_with(self.rows[-1:])
+            mask = Rows(self.rows, self._key_positions)
+            args, kwargs = self._sliced(args, kwargs, before)
         return args, {**kwargs, "attention_mask": mask}
 
-    def _shared_mask(self, index: int, key_positions: torch.Tensor | None) -> Rows:
+    def _shared_mask(self, index: int) -> Rows:
         """The current rows as a mask, made once for all layers where they see the same."""
-        if any(mask.positions is not self.rows for mask in self._masks.values()):
-            self._masks.clear()
         first, near = self.near or (0, None)
         if self._sliding[index] or index < first:
             near = None
         if (near is not None) not in self._masks:
-            self._masks[near is not None] = Rows(self.rows, key_positions, self._observe, near)
+            self._masks[near is not None] = Rows(
+                self.rows, self._key_positions, self._observe, near
+            )
         return self._masks[near is not None]
 
     def _observe(
@@ -217,6 +233,38 @@ class FusionPass:
             self.observer(layer, query, key, rows, scaling)
         if self.narrowing is not None:
             self.narrowing.observe(layer, query, key, rows, scaling)
+
+    def _sliced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: torch.Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The current rows of a layer's input, where it has those that are ``given``.
+
+        Some of it may be narrow already.
+        """
+        if len(self.rows) == len(given):
+            return args, kwargs
+
+        def of(states: torch.Tensor, *, again: bool = True) -> torch.Tensor:
+            if states.shape[1] != len(given):
+                return states
+            if id(states) not in self._cut or not again:
+                among = torch.searchsorted(given, self.rows).to(states.device)
+                cut = states.index_select(1, among)
+                if not again:
+                    return cut
+                self._cut[id(states)] = states, cut  # holds it, so that no other gets its number
+            return self._cut[id(states)][1]
+
+        kwargs = dict(kwargs)
+        if args:
+            args = (of(args[0], again=False), *args[1:])
+        else:
+            kwargs["hidden_states"] = of(kwargs["hidden_states"], again=False)
+        if (tables := kwargs.get("position_embeddings")) is not None:
+            kwargs["position_embeddings"] = tuple(of(table) for table in tables)
+        if (positions := kwargs.get("position_ids")) is not None:
+            kwargs["position_ids"] = of(positions)
+        return args, kwargs
 
     def _select_at(
         self,
@@ -239,28 +287,6 @@ class FusionPass:
         cached.write(self._everything, key, value)
 
 
-def _sliced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], rows: torch.Tensor, n_tokens: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """These rows of a layer's input, where it has ``n_tokens``; some may be narrow already."""
-
-    def of(states: torch.Tensor) -> torch.Tensor:
-        return states[:, rows.to(states.device)] if states.shape[1] == n_tokens else states
-
-    if len(rows) == n_tokens:
-        return args, kwargs
-    kwargs = dict(kwargs)
-    if args:
-        args = (of(args[0]), *args[1:])
-    else:
-        kwargs["hidden_states"] = of(kwargs["hidden_states"])
-    if (tables := kwargs.get("position_embeddings")) is not None:
-        kwargs["position_embeddings"] = tuple(of(table) for table in tables)
-    if (positions := kwargs.get("position_ids")) is not None:
-        kwargs["position_ids"] = of(positions)
-    return args, kwargs
-
-
 def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -> dict[str, Any]:
     """What a forward over prompts is called with: their tokens, or of those the ones computed.
 
@@ -275,10 +301,10 @@ def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -
     fusion = cache.fusion if isinstance(cache, FusedCache) else None
     if fusion is None or fusion.selected is None or not cache.layers[0].pending:
         return given
-    rows = fusion.rows.to(ids.device)
+    rows = send(fusion.rows, ids.device)
     return {
         **given,
-        "input_ids": ids[:, rows],
+        "input_ids": ids.index_select(1, rows),
         "position_ids": rows[None],
         # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
         "attention_mask": torch.empty(1, 1, 1, 1, device=ids.device),
@@ -288,15 +314,21 @@ def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -
 def run_pass(decoder: PreTrainedModel, ids: Sequence[Sequence[int]], cache: FusedCache) -> None:
     """The decoder's forward over prompts, narrowed by their cache's pass, without logits."""
     device = decoder.get_input_embeddings().weight.device
-    decoder(**arguments(decoder, torch.tensor(ids, device=device), cache))
+    decoder(**arguments(decoder, send(torch.tensor(ids), device), cache))
 
 
-def install_hooks(layers: nn.ModuleList) -> None:
-    """Let caches of ours steer these decoder layers; any other call passes untouched."""
+def install_hooks(model: PreTrainedModel) -> None:
+    """Let caches of ours steer a model's decoder layers; any other call passes untouched."""
+    layers = model.get_decoder().layers
+    owner = weakref.ref(model)  # the layers would hold their model, in a circle
 
     def hook_for(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = cache_in(kwargs)
+            if index == 0 and isinstance(cache, (BatchCache, FusedCache)):
+                whole = owner()
+                assert whole is not None
+                install(whole)  # its attention may have been changed since
             if isinstance(cache, BatchCache):
                 return args, {**kwargs, "attention_mask": cache.mask}
             if not isinstance(cache, FusedCache):
@@ -313,6 +345,7 @@ def install_hooks(layers: nn.ModuleList) -> None:
 
     if getattr(layers, "_a3_hooks_installed", False):  # another engine shares the model
         return
+    install(model)
     layers._a3_hooks_installed = True  # type: ignore[assignment]
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
 
 import torch
+
+from a3_engine.model.rows import send
 
 
 @dataclass(frozen=True)
 class Span:
     """A run of cached tokens: positions ``start`` to ``stop - 1``.
 
-    ``exact`` marks tokens whose cached keys and values equal those of a full prefill, because
-    everything before them is what they were computed behind.
+    The first ``exact`` of them have the keys and values of a full prefill, because everything
+    before them is what they were computed behind.
     """
 
     start: int
     stop: int
-    exact: bool = False
+    exact: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions by role. All tensors are sorted int64 positions on the CPU.
+    """Positions by role. All tensors are sorted int64 positions, on one device.
 
     Parameters
     ----------
@@ -47,25 +51,59 @@ class Layout:
     fresh: torch.Tensor
     question: torch.Tensor
     reused: int = 0
+    SENT: ClassVar = ("chunk_positions", "inexact_positions", "later_in_question")
 
-    @property
+    def on(self, device: torch.device) -> Layout:
+        """The same on a device, sent there once and without waiting."""
+        if self.fresh.device == device:
+            return self
+        moved = replace(self, fresh=send(self.fresh, device), question=send(self.question, device))
+        for name in self.SENT:
+            moved.__dict__[name] = send(getattr(self, name), device)
+        moved.__dict__["question_start"] = self.question_start
+        return moved
+
+    @cached_property
     def chunk_positions(self) -> torch.Tensor:
         """Positions of all chunk tokens, the candidates for recomputation."""
         spans = [torch.arange(span.start, span.stop) for span in self.chunks]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
 
-    @property
+    @cached_property
     def inexact_positions(self) -> torch.Tensor:
         """Those of them that context may have moved."""
-        spans = [torch.arange(span.start, span.stop) for span in self.chunks if not span.exact]
+        spans = [torch.arange(span.start + span.exact, span.stop) for span in self.chunks]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
 
     def with_chunk_tokens(self, kept: torch.Tensor) -> torch.Tensor:
-        """Sorted positions of everything but the chunk tokens that are not among ``kept``."""
-        stays = torch.ones(self.n_tokens, dtype=torch.bool)
-        stays[self.chunk_positions] = False
-        stays[kept] = True
-        return stays.nonzero()[:, 0]
+        """Sorted positions of everything but the chunk tokens that are not among ``kept``.
+
+        Where some are kept twice, only the CPU knows at once how many there are; elsewhere the
+        result ends in as many positions of ``n_tokens``, which is beyond the prompt.
+        """
+        device = self.fresh.device
+        stays = torch.ones(self.n_tokens, dtype=torch.bool, device=device)
+        stays.index_fill_(0, self.chunk_positions, False).index_fill_(0, kept, True)
+        if device.type == "cpu":
+            return stays.nonzero()[:, 0]
+        most = min(self.n_tokens, self.n_tokens - len(self.chunk_positions) + len(kept))
+        everything = torch.arange(self.n_tokens, device=device)
+        return everything.masked_fill(~stays, self.n_tokens).sort().values[:most]
+
+    @cached_property
+    def question_start(self) -> int:
+        """Position of the question's first token."""
+        return int(self.question[0])
+
+    @cached_property
+    def later_in_question(self) -> torch.Tensor:
+        """Which tokens, from the question's first on, each of its tokens does not see.
+
+        Shape ``(question, tokens from question_start on)``. They are those of the question alone:
+        its words may also stand before the documents, and they see those all the same.
+        """
+        where = torch.arange(self.question_start, self.n_tokens)
+        return torch.isin(where, self.question) & (where > self.question[:, None])
 
     @property
     def n_question(self) -> int:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from a3_engine import native
 from a3_engine.chunks.kv import ChunkKV, kv_shape
+from a3_engine.fusion.arrival import load_by_kernel
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
+from a3_engine.native import loops
 
 
 def allocate(
@@ -45,8 +46,11 @@ def _device(layer: nn.Module) -> torch.device:
 
 @torch.inference_mode()
 def load_chunks(
-    cache: FusedCache, rotation: Rotation, chunks: Sequence[tuple[int, ChunkKV]]
-) -> None:
+    cache: FusedCache,
+    rotation: Rotation,
+    chunks: Sequence[tuple[int, ChunkKV]],
+    over: Sequence[tuple[int, ChunkKV]] = (),
+) -> list[ChunkKV]:
     """Copy chunks into the cache and turn their keys to where they now stand.
 
     Parameters
@@ -55,21 +59,32 @@ def load_chunks(
         Freshly allocated.
     chunks : sequence of (position of the first token, ChunkKV)
         May leave gaps, which the fusion pass fills. Every prompt of the cache has them all.
+    over : sequence of (position of the first token, ChunkKV)
+        Laid over what stands there by then.
+
+    Returns
+    -------
+    list of ChunkKV
+        All of them on the cache's device, where that is what a kernel reads; else none.
     """
     if not chunks:
-        return
+        return []
     stop = max(start + kv.n_tokens for start, kv in chunks)
     tables = rotation.tables_up_to(stop, cache.devices)
+    if (arrived := load_by_kernel(cache, tables, chunks, over)) is not None:
+        return arrived
     stored = list(cache.stored())
-    if native.places(chunks, stored):
+    if loops.places([*chunks, *over], stored):
         for prompt in range(len(stored[0][0])):
-            native.place(
-                chunks, [(keys[prompt], values[prompt]) for keys, values in stored], tables
-            )
-        return
+            layers = [(keys[prompt], values[prompt]) for keys, values in stored]
+            for some in (chunks, over):
+                if some:
+                    loops.place(some, layers, tables)
+        return []
     # One rotation a layer over all that was loaded costs less than one for every chunk.
     for index, ((keys, values), (cos, sin)) in enumerate(zip(stored, tables, strict=True)):
-        for start, kv in chunks:
+        for start, kv in [*chunks, *over]:
             keys[:, :, start : start + kv.n_tokens] = kv.keys[index]
             values[:, :, start : start + kv.n_tokens] = kv.values[index]
         rotate_(keys[:, :, :stop], cos[:stop], sin[:stop])
+    return []

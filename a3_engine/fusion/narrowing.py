@@ -73,7 +73,7 @@ class Narrowing:
     def pick(self, layer: int) -> torch.Tensor:
         """Sorted positions of the tokens that go on from this layer."""
         before = next(reversed(self.left.values()), self._selected)
-        attended = self._sums.of(self._shown_by[layer]).cpu()
+        attended = self._sums.of(self._shown_by[layer])
         n_left = round(self._stages[layer] * len(self._selected))
         self.left[layer] = top_candidates(attended, before, n_left).sort().values
         return self.left[layer]

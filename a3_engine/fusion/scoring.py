@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from a3_engine.fusion.attention_sums import AttentionSums, Pool
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fuse import FusionPass, run_pass
-from a3_engine.model.rows import Observer, Rows
+from a3_engine.model.rows import Observer, Rows, send
 
 
 class _Seen(Exception):
@@ -77,7 +77,7 @@ def question_alone(
         loaded = cache.layers[layer].stored()[0].clone()
         positions = rows.key_positions
         assert positions is not None
-        loaded[:, :, positions.to(key.device)] = key
+        loaded.index_copy_(2, send(positions, key.device), key)
         sums.observe(layer, query, loaded, rows, scaling)
 
     without_chunks = cache.narrowed(layout.with_chunk_tokens(layout.chunk_positions[:0]))

@@ -20,7 +20,7 @@ from a3_engine.fusion.selectors.base import (
 )
 from a3_engine.fusion.sparse import sparse_positions
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Observer
+from a3_engine.model.rows import Observer, send
 
 
 @torch.inference_mode()
@@ -62,7 +62,7 @@ def begin(
     ValueError
         The method leaves tokens out, and the model has sliding windows.
     """
-    kept = None
+    kept, chunk_positions = None, layout.chunk_positions
     if isinstance(selector, SparseSelector) and layout.chunks and 0.0 < selector.ratio < 1.0:
         if any(layer.is_sliding for layer in cache.layers):
             raise ValueError(
@@ -74,10 +74,11 @@ def begin(
         cache = cache.narrowed(kept, room)
     correct = selector.correction(layout, rotation, cache.devices)
     fusion = FusionPass(cache, layout, selector, abandoned, correct, observer)
+    layout = fusion.layout
     if fusion.selected is not None:
         return cache
     if kept is not None:
-        fusion.take(kept[torch.isin(kept, layout.chunk_positions)])
+        fusion.take(kept[torch.isin(kept, chunk_positions)])
     elif isinstance(selector, QuestionSelector):
         look = question_alone if selector.alone else question_attention
         layers = selector.layers(len(cache.layers))
@@ -87,7 +88,7 @@ def begin(
     elif isinstance(selector, LayerSelector) and selector.drafted:
         device = model.get_input_embeddings().weight.device
         with fusion.only_fresh():
-            prompt = torch.tensor([list(ids)], device=device)
+            prompt = send(torch.tensor([list(ids)]), device)
             logits = model(**arguments(model, prompt, cache), logits_to_keep=1).logits
         first = int(logits[0, -1].argmax())
         drafted = lookahead_queries(model, cache, first, selector.drafted)

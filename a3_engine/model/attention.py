@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,19 +23,44 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3_engine import native
+from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.caching import without_cache
-from a3_engine.model.rows import Ragged, Rows, Scratch
+from a3_engine.model.rows import Addressed, Ragged, Rows, Scratch, send
 
 PREFIX = "a3_"
+# Arguments of attention functions that say what `Rows` says, or nothing where nobody trains.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "deterministic",
+        "dropout",
+        "is_causal",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
 FUSED_KEYS = 3072  # up to so many, the fused kernel is the quickest for one token everywhere
 
 
 class Captured(Exception):
     """Carries a layer's query, key and value out of the attention function, before attention."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> None:
         super().__init__("captured")
         self.states = (query, key, value)
+        self.window = window
 
 
 class Capture:
@@ -47,6 +72,8 @@ def install(model: PreTrainedModel) -> None:
     current = model.config._attn_implementation
     if current.startswith(PREFIX):
         return
+    if "flash" in current:  # transformers would look for a package by the new name
+        current = "sdpa" if model._supports_sdpa else "eager"
     name = PREFIX + current
 
     def attention(
@@ -62,7 +89,7 @@ def install(model: PreTrainedModel) -> None:
         if isinstance(attention_mask, Ragged):
             return attend_ragged(query, key, value, attention_mask, **kwargs), None
         if isinstance(attention_mask, Capture):
-            raise Captured(query, key, value)
+            raise Captured(query, key, value, kwargs.get("sliding_window"))
         ordinary = (
             inspect.getmodule(type(module)).eager_attention_forward  # type: ignore[union-attr]
             if current == "eager"
@@ -86,7 +113,7 @@ def attend_rows(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> torch.Tensor:
     """Attention of scattered rows over the cache; each sees what `rows` says, and nothing else.
 
@@ -106,13 +133,14 @@ def attend_rows(
     torch.Tensor
         Shape ``(prompts, rows, heads, head_dim)``.
     """
+    refuse_unknown(others)
     if rows.observer is not None:
         rows.observer(module.layer_idx, query, key, rows, scaling)  # type: ignore[arg-type]
     keys, values = list(key[:, None]), list(value[:, None])
-    if softcap is None and native.attends(query, keys, values):
-        first, last = rows.seen(sliding_window)
-        shared = rows.near.shared if rows.near is not None else None
-        return native.attend(query, keys, values, first, last, scaling, shared)
+    if native.attends(query, keys, values, softcap):
+        first, last = rows.seen(sliding_window, query.device)
+        shared = send(rows.near.shared, query.device) if rows.near is not None else None
+        return native.attend(query, keys, values, first, last, scaling, shared, softcap)
     attend = _attention_for(query, rows.scratch, softcap)
     output = torch.empty_like(query)
     for block in rows.blocks(sliding_window, query):
@@ -136,7 +164,7 @@ def attend_ragged(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> torch.Tensor:
     """Attention of the newest token of each request over its own cache.
 
@@ -144,7 +172,7 @@ def attend_ragged(
     ----------
     query : torch.Tensor
         Shape ``(requests, heads, 1, head_dim)``.
-    keys, values : sequence of torch.Tensor
+    keys, values : sequence of torch.Tensor, or Addressed
         Each ``(1, kv_heads, its tokens, head_dim)``; the last token is the query's.
 
     Returns
@@ -152,12 +180,16 @@ def attend_ragged(
     torch.Tensor
         Shape ``(requests, 1, heads, head_dim)``.
     """
+    refuse_unknown(others)
+    if isinstance(keys, Addressed):
+        return keys.attend(query, scaling, sliding_window, softcap)
     n_requests, heads, head_dim = query.shape[0], query.shape[1], query.shape[3]
     kv_heads = keys[0].shape[1]
-    if softcap is None and native.attends(query, keys, values):
+    if native.attends(query, keys, values, softcap):
         last = torch.tensor([[key.shape[2]] for key in keys])
         first = (last - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(last)
-        return native.attend(query, keys, values, first, last, scaling)
+        first, last = send(first, query.device), send(last, query.device)
+        return native.attend(query, keys, values, first, last, scaling, softcap=softcap)
     # Heads that share keys stand as rows: a kernel for single heads may copy the keys for each.
     grouped = query.reshape(n_requests, kv_heads, heads // kv_heads, head_dim)
     output = torch.empty_like(grouped)
@@ -260,6 +292,14 @@ def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
         torch.mm(one, other, out=product)
 
 
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedModelError` for what would change the attention if it were honoured."""
+    if unknown := [name for name in arguments.keys() - HARMLESS if arguments[name] is not None]:
+        raise UnsupportedModelError(
+            f"its attention takes {', '.join(sorted(unknown))}, which the engine does not know"
+        )
+
+
 def has_window(model: PreTrainedModel) -> list[bool]:
     """Which layers attend within a sliding window only."""
     config = model.config.get_text_config()
@@ -281,10 +321,15 @@ def project(
     query : ``(prompts, heads, tokens, head_dim)``
     key, value : ``(prompts, kv_heads, tokens, head_dim)``
     """
+    return capture(layer, args, kwargs).states
+
+
+def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """What a decoder layer calls its attention function with."""
     try:
         layer.forward(*args, **{**without_cache(kwargs), "attention_mask": Capture()})
     except Captured as captured:
-        return captured.states
+        return captured
     raise RuntimeError(
         f"{type(layer).__name__} did not call the registered attention function; "
         "was the model's attention implementation changed after the engine was built?"

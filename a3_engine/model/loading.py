@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 
-from a3_engine.errors import ModelLoadError, StoreError
+from a3_engine.errors import ModelLoadError, StoreError, shortened
+from a3_engine.model.devices import best_device, default_dtype
 from a3_engine.model.gguf import (
     DEMO_MODEL,
     LOADING,
@@ -31,25 +35,6 @@ from a3_engine.model.gguf import (
 def default_cache_dir() -> Path:
     """The user's cache folder for this package."""
     return user_cache_path("a3")
-
-
-def best_device() -> torch.device:
-    """CUDA or MPS where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it fast, else fp16 on MPS and fp32 on the CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast_bf16 else torch.float32
 
 
 def load_model(
@@ -70,7 +55,7 @@ def load_model(
     cache_dir : path
         Where unpacked GGUF models are kept.
     device, dtype
-        Chosen by :func:`best_device` and :func:`default_dtype` where not given.
+        Chosen by :mod:`~a3_engine.model.devices` where not given.
     trust_remote_code : bool
         Run code from the model's repository. Off unless asked for.
 
@@ -100,18 +85,53 @@ def load_model(
     try:
         with LOADING:
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                location, dtype=kind, trust_remote_code=trust_remote_code
-            )
+            loaded = _pretrained(location, dtype=kind, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelLoadError(
-            f"No model could be loaded from {name!r}: {str(error).rstrip('.')}. Give a hub id, a "
-            f"local folder in the format of transformers, a .gguf file, or {DEMO_MODEL!r}."
+            f"No model could be loaded from {name!r}: {shortened(error).rstrip('.')}. Give a hub "
+            f"id, a local folder in the format of transformers, a .gguf file, or {DEMO_MODEL!r}."
         ) from error
     try:
         return loaded.to(where).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
-        raise ModelLoadError(f"{name} cannot be moved to {where}: {error}") from error
+        raise ModelLoadError(f"{name} cannot be moved to {where}: {shortened(error)}") from error
+
+
+def _pretrained(location: str, **options: Any) -> PreTrainedModel:
+    """A language model; of one that sees pictures too, the whole, which reads text as well."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(location, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        try:
+            return AutoModelForImageTextToText.from_pretrained(location, **options)
+        except ValueError:
+            raise error from None
+
+
+def transformers_model(model: Any) -> Any:
+    """What transformers made, inside what `torch.compile` or peft made of it; a name as it is.
+
+    A model with adapters goes on with them. One that was compiled is called as it was before.
+
+    Raises
+    ------
+    TypeError
+        It is a model that cannot be called as transformers' are.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        if any(config.is_prompt_learning for config in inner.peft_config.values()):
+            raise TypeError("Adapters that learn a prompt are not supported; give the base model.")
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is not a model of transformers. Give one, or its name."
+        )
+    return inner
 
 
 def known_context_window(model: str, cache_dir: Path) -> int | None:

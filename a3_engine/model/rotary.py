@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.model.rows import send
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each layer
 
@@ -42,7 +43,8 @@ class Rotation:
         for known in self._last:
             if len(known[0][0]) >= n_tokens and [cos.device for cos, _ in known] == devices:
                 return known
-        tables = self.tables(torch.arange(n_tokens), devices)
+        # A prompt that is longer by a few tokens wants no new ones.
+        tables = self.tables(torch.arange(1 << (n_tokens - 1).bit_length()), devices)
         self._last[:] = [tables]
         return tables
 
@@ -71,8 +73,8 @@ class Rotation:
             if identity not in shared:
                 # The same expression as in transformers' rotary modules, so that the rounding of
                 # the angle is the same and cancels.
-                angles = positions[:, None].float() * row.to(positions.device)
-                shared[identity] = (angles.cos().to(home), angles.sin().to(home))
+                angles = send(positions, home)[:, None].float() * send(row, home)
+                shared[identity] = (angles.cos(), angles.sin())
             tables.append(shared[identity])
         return tables
 

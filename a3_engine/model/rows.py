@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,15 @@ CPU_BLOCK_ROWS, BLOCK_ROWS = 128, 1024
 NEAR_BLOCK_ROWS = 128  # rows that see only what is near touch fewer keys the closer they stand
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, without waiting for what the device does.
+
+    Sent from ordinary memory it is copied aside before this returns; never bring anything back to
+    the CPU this way.
+    """
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 class Block(NamedTuple):
@@ -36,7 +47,8 @@ class Near:
     Parameters
     ----------
     shared : torch.Tensor
-        Sorted positions of the keys that every row sees, as far as they stand before it.
+        Sorted positions of the keys that every row sees, as far as they stand before it. They may
+        end in some beyond the prompt, which nobody sees.
     window : int
         The row's own position and those just before it, which it sees too.
     until : int
@@ -62,6 +74,16 @@ class Scratch:
         return buffer[:n_values]
 
 
+class Addressed(ABC):
+    """Keys and values that are known by their addresses alone, and attend to themselves."""
+
+    @abstractmethod
+    def attend(
+        self, query: torch.Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> torch.Tensor:
+        """Attention of the newest token of each request, ``(requests, 1, heads, head_dim)``."""
+
+
 class Ragged:
     """Stands in for the attention mask of a decoding step: one row for each of several caches."""
 
@@ -76,9 +98,9 @@ class Rows:
     Parameters
     ----------
     positions : torch.Tensor
-        Sorted positions of the query rows, shape ``(rows,)``, on the CPU.
+        Sorted positions of the query rows, shape ``(rows,)``, on the model's first device.
     key_positions : torch.Tensor or None
-        Sorted positions of the keys, on the CPU; None where key ``j`` stands at position ``j``.
+        Sorted positions of the keys, there too; None where key ``j`` stands at position ``j``.
     observer : callable or None
         Called with ``(layer's index, query, key, rows, scaling)`` before the attention is computed.
     near : Near or None
@@ -90,10 +112,18 @@ class Rows:
     key_positions: torch.Tensor | None = None
     observer: Observer | None = None
     near: Near | None = None
+    _seen: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     _plans: dict[tuple[int | None, torch.device, torch.dtype], list[Block]] = field(
         default_factory=dict, repr=False, compare=False
     )
     scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """Where the rows' own keys stand among the keys."""
+        return self.positions if self.key_positions is None else self.keys_before(self.positions)
 
     def keys_before(self, positions: torch.Tensor) -> torch.Tensor:
         """How many keys stand before each of these positions."""
@@ -101,20 +131,22 @@ class Rows:
             return positions.clamp(min=0)
         return torch.searchsorted(self.key_positions, positions)
 
-    def seen(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def seen(self, window: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """For each row the first key that it sees, and the first behind those; ``(1, rows)``.
 
         Beside these, it sees those that are `Near.shared`.
         """
-        stops = self.keys_before(self.positions + 1)
-        if self.near is not None:
-            starts = (self.positions - self.near.window + 1).clamp(min=0)
-            starts[self.positions >= self.near.until] = 0
-        elif window is None:
-            starts = torch.zeros_like(stops)
-        else:
-            starts = self.keys_before(self.positions - window + 1)
-        return starts[None], stops[None]
+        if (window, device) not in self._seen:
+            stops = self.keys_before(self.positions + 1)
+            if self.near is not None:
+                starts = (self.positions - self.near.window + 1).clamp(min=0)
+                starts = starts.masked_fill(self.positions >= self.near.until, 0)
+            elif window is None:
+                starts = torch.zeros_like(stops)
+            else:
+                starts = self.keys_before(self.positions - window + 1)
+            self._seen[window, device] = send(starts[None], device), send(stops[None], device)
+        return self._seen[window, device]
 
     def blocks(self, window: int | None, query: torch.Tensor) -> list[Block]:
         """The rows in blocks, for layers with this sliding window and such queries."""
@@ -126,7 +158,7 @@ class Rows:
     def _cut(self, window: int | None, device: torch.device, dtype: torch.dtype) -> list[Block]:
         n_rows = len(self.positions)
         size = CPU_BLOCK_ROWS if device.type == "cpu" else BLOCK_ROWS
-        (starts,), (stops,) = self.seen(window)
+        (starts,), (stops,) = (each.cpu() for each in self.seen(window, device))
         blocks = []
         n_near = 0
         if self.near is not None:
@@ -153,7 +185,7 @@ class Rows:
         dtype: torch.dtype,
     ) -> Block:
         assert self.near is not None
-        first, shared = int(starts[rows.start]), self.near.shared
+        first, shared = int(starts[rows.start]), self.near.shared.cpu()
         # What is shared ahead of the block's first range is visible to all its rows.
         near = torch.arange(first, int(stops[rows.stop - 1]))
         far = (near < starts[rows, None]) & ~torch.isin(near, shared)

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.errors import ContextOverflowError
-from a3_engine.fusion.selectors import make_selector
+from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.shared import is_shared, shared_engine
 from a3_integrations.langchain.documents import chunk_of
@@ -29,10 +30,12 @@ OF_ENGINE = (
     "dtype",
     "trust_remote_code",
     "encode_prefix",
+    "stand_in",
     "size_limit",
     "codec",
 )
 PER_CALL = (
+    "quality",
     "selector",
     "ratio",
     "compression",
@@ -91,11 +94,18 @@ class A3Settings(BaseModel):
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
+    stand_in: str | tuple[str, ...] = Field(
+        default=SHIPPED,
+        description="What they are computed behind as well: shipped, none, or passages of yours.",
+    )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
         default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
+    )
+    quality: str | None = Field(
+        default=None, description="fast, balanced or exact, in place of selector and ratio."
     )
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
@@ -144,8 +154,7 @@ class A3Settings(BaseModel):
 
     @model_validator(mode="after")
     def _a3_engine(self) -> Any:
-        if self.selector is not None:
-            make_selector(self.selector, self.ratio)  # an unknown one fails here
+        choose_selector(self.selector, self.ratio, self.quality)  # an unknown one fails here
         if self.compression is not None:
             make_compression(self.compression, self.keep)
         given = self.engine
@@ -251,7 +260,7 @@ class A3Settings(BaseModel):
                 f"it takes {', '.join(PER_CALL)}."
             )
         given = {name: value for name, value in given.items() if value is not None}
-        options = {name: getattr(self, name) for name in PER_CALL} | given
+        options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         options["max_new_tokens"] = options.pop("max_tokens")
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None

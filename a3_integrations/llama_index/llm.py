@@ -31,9 +31,10 @@ from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport
 from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import Request
-from a3_engine.fusion.selectors import make_selector
+from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.shared import shared_engine
 from a3_integrations.llama_index.responses import chat_response, completion_response, to_engine
@@ -46,10 +47,12 @@ OF_ENGINE = (
     "dtype",
     "trust_remote_code",
     "encode_prefix",
+    "stand_in",
     "size_limit",
     "codec",
 )
 PER_CALL = (
+    "quality",
     "selector",
     "ratio",
     "compression",
@@ -92,6 +95,9 @@ class A3LLM(LLM):
     device: str | None = Field(default=None, description="CUDA or MPS where there is one, if None.")
     dtype: str | None = Field(default=None, description="bfloat16, float16 or float32.")
     trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
+    quality: str | None = Field(
+        default=None, description="fast, balanced or exact, in place of selector and ratio."
+    )
     selector: str | None = Field(default=None, description="Fusion method; the engine's if None.")
     ratio: float | None = Field(default=None, ge=0, le=1, description="Recompute ratio.")
     compression: str | None = Field(
@@ -101,6 +107,10 @@ class A3LLM(LLM):
     encode_prefix: str = Field(
         default="template",
         description="What chunks are computed behind: template, bos, none, or a text.",
+    )
+    stand_in: str | tuple[str, ...] = Field(
+        default=SHIPPED,
+        description="What they are computed behind as well: shipped, none, or passages of yours.",
     )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
@@ -135,8 +145,8 @@ class A3LLM(LLM):
         fields = {n: value for n, value in fields.items() if value is not None or n not in PER_CALL}
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
-        if fields.get("selector") is not None:
-            make_selector(fields["selector"], fields.get("ratio"))  # an unknown one fails here
+        # What is unknown fails here.
+        choose_selector(fields.get("selector"), fields.get("ratio"), fields.get("quality"))
         if fields.get("compression") is not None:
             make_compression(fields["compression"], fields.get("keep"))
         if engine is not None:
@@ -271,7 +281,7 @@ class A3LLM(LLM):
                 f"it takes {', '.join(PER_CALL)}."
             )
         given = {name: value for name, value in given.items() if value is not None}
-        options = {name: getattr(self, name) for name in PER_CALL} | given
+        options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None
         stop = options["stop"] or ()

@@ -27,10 +27,12 @@ from tests.tiny import CONFIGS, VOCABULARY
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, behind):
     engine = tiny_engine(name)
-    library, rng = engine.runtime.library, random.Random(3)
+    rng = random.Random(3)
     rotation, decoder = engine.runtime.support.rotation, engine.runtime.model.get_decoder()
     chunks = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (17, 20, 18, 1)]
-    prefix = encode_chunks(decoder, rotation, [library.prefix_ids])[0] if behind else None
+    prefix = (
+        encode_chunks(decoder, rotation, [engine.runtime.planner.prefix_ids])[0] if behind else None
+    )
     together = encode_chunks(decoder, rotation, chunks, prefix)
     for ids, one in zip(chunks, together, strict=True):
         (alone,) = encode_chunks(decoder, rotation, [ids], prefix)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import a3_engine.chunks.library as library_module
 from a3_engine import A3Engine
 from a3_engine.fusion.selectors import SELECTORS
 from a3_engine.model.caching import OURS, with_cache
@@ -59,26 +60,38 @@ def full_prefill(engine: A3Engine, prompt: Prompt):
         )
 
 
-def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, **options):
+def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(), **options):
     """The model's output for the last segment, over transformers' own cache of the ones before.
 
-    Segment by segment: a chunk runs behind its prefix, both at positions that put the chunk where
-    it stands in the prompt; fresh text runs after all that.
+    Segment by segment: a chunk runs behind prefix and stand-in, all at positions that put the chunk
+    where it stands in the prompt; the first tokens of one that stands just behind the prefix run
+    behind that alone; fresh text runs after all that.
     """
     prefix = list(engine.runtime.planner.prefix_ids)
     past, position = DynamicCache(), 0
+
+    def run_alone(before: list[int], ids: tuple[int, ...], first: int, stop: int) -> None:
+        both = torch.tensor([before + list(ids)])
+        places = torch.arange(both.shape[1])[None] + position - len(before) + 200
+        alone = DynamicCache()
+        model(input_ids=both, position_ids=places, **with_cache(model, alone))
+        own = slice(len(before) + first, len(before) + stop)
+        for index, layer in enumerate(alone.layers):
+            past.update(layer.keys[:, :, own], layer.values[:, :, own], index)
+
     with torch.inference_mode():
         for segment in prompt.segments:
-            behind = prefix if segment.kind == "chunk" else []
-            ids = torch.tensor([behind + list(segment.ids)])
-            places = torch.arange(ids.shape[1])[None] + position - len(behind) + 200
+            n = len(segment.ids)
             if segment.kind == "chunk":
-                alone = DynamicCache()
-                model(input_ids=ids, position_ids=places, **with_cache(model, alone))
-                for index, layer in enumerate(alone.layers):
-                    keys, values = layer.keys, layer.values
-                    past.update(keys[:, :, len(prefix) :], values[:, :, len(prefix) :], index)
+                opens = stand_in and prompt.ids[:position] == prefix
+                head = min(n, library_module.HEAD_TOKENS) if opens else 0
+                if head:
+                    run_alone(prefix, segment.ids, 0, head)
+                if head < n:
+                    run_alone([*prefix, *stand_in], segment.ids, head, n)
             else:
+                ids = torch.tensor([list(segment.ids)])
+                places = torch.arange(n)[None] + position + 200
                 output = model(
                     input_ids=ids, position_ids=places, **with_cache(model, past), **options
                 )
@@ -126,7 +139,7 @@ def test_first_chunk_behind_its_prefix_is_exact(tiny_engine, architecture):
             torch.testing.assert_close(
                 values[:, :, :stop], theirs.values[:, :, :stop], atol=1e-4, rtol=1e-4, msg=attempt
             )
-    assert prompt.layout(engine.runtime.planner.prefix_ids).chunks[0].exact
+    assert prompt.layout(engine.runtime.planner.prefix_ids).chunks[0].exact == 20
 
 
 def test_decoding_goes_on_as_after_a_prefill(tiny_engine, architecture):

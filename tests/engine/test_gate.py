@@ -27,6 +27,7 @@ EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 MLA = dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 16)
 MLA |= dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "num_key_value_heads"), 8)
 MLA |= dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1)
+WINDOWED = {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 2}
 LINEAR = {f"linear_{part}": 16 for part in ("key_head_dim", "value_head_dim")}
 LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +48,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffllama": ("DiffLlama", DERIVED),
     "persimmon": ("Persimmon", DERIVED),
     "doge": ("Doge", DERIVED),
+    # Windows that the model applies by its mask alone, wider than what the gate tries.
+    "qwen2-moe": ("Qwen2Moe", {**DERIVED, **WINDOWED, **EXPERTS, "num_experts": 4}),
+    "phimoe": ("Phimoe", {**DERIVED, "num_local_experts": 4, "sliding_window": 60}),
 }
 REFUSED = {
     "gpt2": "layers",
@@ -58,6 +62,9 @@ REFUSED = {
     "llama-dynamic": "dynamic",
     "cohere": "moved to another position",
     "glm4": "moved to another position",
+    "gpt-oss": "s_aux",
+    "qwen2-moe": "not told of",
+    "phimoe": "not told of",
 }
 
 

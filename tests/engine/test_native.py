@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from a3_engine import native
 from a3_engine.chunks.kv import ChunkKV
 from a3_engine.model.rotary import rotate_
 from a3_engine.native import build
+from a3_engine.native import loops as native
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROUNDING = {torch.bfloat16: 0.004, torch.float32: 1e-6}

@@ -125,7 +125,7 @@ def test_drift_follows_the_most_similar_probes(strength, size):
     keys, values = torch.randn(2, 1, heads, tokens, size)
     layer = FusedLayer(keys.clone(), values.clone(), tokens)
     layout = Layout(
-        tokens, (Span(0, 2, exact=True), Span(2, 8)), 0, torch.tensor([8]), torch.tensor([8])
+        tokens, (Span(0, 2, exact=2), Span(2, 8)), 0, torch.tensor([8]), torch.tensor([8])
     )
     rows = torch.tensor([0, 3, 5, 8])
     fresh_key, fresh_value = torch.randn(2, 1, heads, len(rows), size)
@@ -172,7 +172,7 @@ def test_mend_leaves_exact_chunks_alone(tiny_engine, name):
     _, before = engine.fuse(prompt, selector="full_reuse")
     _, cache = engine.fuse(prompt, selector="mend", ratio=0.3)
     first = prompt.layout(engine.runtime.planner.prefix_ids).chunks[0]
-    assert first.exact
+    assert first.exact == first.stop - first.start
     assert len(cache.fusion.selected) == int(27 * 0.3)
     assert int(cache.fusion.selected.min()) >= first.stop
     with torch.inference_mode():

@@ -283,7 +283,13 @@ def test_an_engine_around_a_loaded_model_is_not_serialized_as_something_else(tin
 
 @pytest.mark.parametrize(
     "setting",
-    [{"cache_dir": "/elsewhere"}, {"dtype": "float16"}, {"size_limit": 1}, {"model": "another"}],
+    [
+        {"cache_dir": "/elsewhere"},
+        {"dtype": "float16"},
+        {"stand_in": "none"},
+        {"size_limit": 1},
+        {"model": "another"},
+    ],
 )
 @pytest.mark.parametrize("cls", [ChatA3, A3LLM])
 def test_settings_that_contradict_the_engine_are_refused(tiny_engine, cls, setting):
@@ -301,6 +307,8 @@ def test_settings_of_compression_and_codec_reach_the_engine(tiny_engine, cls):
     info = result.message.response_metadata if cls is ChatA3 else result.generation_info
     assert info["a3"]["compression"] == "snapkv"
     assert cls(model="no/such-model", codec="int8").engine._settings["codec"] == "int8"
+    own = cls(model="no/such-model", stand_in=["A passage."])
+    assert own.engine._settings["stand_in"] == ("A passage.",)
     with pytest.raises(ValidationError, match="snapkv"):
         cls(model="no/such-model", compression="snap")
     with pytest.raises(ValidationError, match="int4"):

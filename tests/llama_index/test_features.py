@@ -348,9 +348,23 @@ def test_the_document_store_wraps_key_value_stores_only(llm):
 
 
 @pytest.mark.parametrize(
-    "field", [{"cache_dir": "x"}, {"encode_prefix": "bos"}, {"size_limit": 5}, {"model": "other"}]
+    "field",
+    [
+        {"cache_dir": "x"},
+        {"encode_prefix": "bos"},
+        {"stand_in": "none"},
+        {"size_limit": 5},
+        {"model": "other"},
+    ],
 )
 def test_an_engine_and_what_it_decides_are_a_contradiction(demo_engine: A3Engine, field):
     with pytest.raises(ValueError, match=f"engine and {next(iter(field))}"):
         A3LLM(engine=demo_engine, **field)
     assert A3LLM(demo_engine.name, engine=demo_engine).model == demo_engine.name
+
+
+def test_a_stand_in_reaches_the_engine():
+    own = A3LLM("no/such-model", stand_in=["A passage.", "Another."])
+    assert own.engine._settings["stand_in"] == ("A passage.", "Another.")
+    with pytest.raises(ValueError, match="stand_in is"):
+        A3LLM("no/such-model", stand_in="A passage.")

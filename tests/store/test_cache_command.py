@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from a3_engine import A3Engine
 from a3_engine.chunks.archive import import_chunks
 from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.tiers.disk import DiskStore
@@ -203,6 +204,27 @@ def test_warm_computes_a_folder_once(tmp_path, capsys):
         "log.jsonl",
     }
     store.close()
+    (tmp_path / "stand_in.txt").write_text("The lamp.\n\nA keeper.\n", encoding="utf-8")
+    behind = ["--stand-in", tmp_path / "stand_in.txt"]
+    assert run(*arguments, *behind) == 0
+    assert "5 chunks computed, 0 were stored" in capsys.readouterr().out
+    engine = A3Engine.from_pretrained(
+        tmp_path / "model",
+        dtype="float32",
+        codec="int8",
+        cache_dir=tmp_path / "cache",
+        stand_in=["The lamp.", "A keeper."],
+    )
+    chunks = ["The lamp burns through the night.", "The keeper sleeps at noon."]
+    report = engine.generate("Who sleeps?", chunks=chunks, max_new_tokens=2).report
+    engine.close()
+    assert (report.hits, report.misses) == (2, 0)
+    run("ls", "--json", "--cache-dir", tmp_path / "cache")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["stand_in"] for line in lines].count(report.stand_in) == 5
+    with pytest.raises(SystemExit):
+        run(*arguments, "--stand-in", tmp_path / "nowhere.txt")
+    assert "nowhere.txt" in capsys.readouterr().err
     assert run("warm", tmp_path / "nowhere") == 1
     assert "nowhere" in capsys.readouterr().err
 

@@ -45,7 +45,6 @@ class ScaledCodec:
 
     def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
         keys, values = (
-            torch.empty(shape, dtype=dtype).copy_(tensors[name].float() * tensors[f"{name}_scale"])
-            for name in AXES
+            (tensors[name].float() * tensors[f"{name}_scale"]).to(dtype) for name in AXES
         )
         return ChunkKV(keys, values)

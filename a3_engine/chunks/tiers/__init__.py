@@ -14,9 +14,18 @@ __all__ = ["DiskStore", "MemoryTier", "RemoteTier", "TieredStore", "open_store"]
 
 
 def open_store(
-    directory: Path, size_limit: int | None = None, options: StoreOptions | None = None
+    directory: Path,
+    size_limit: int | None = None,
+    options: StoreOptions | None = None,
+    *,
+    pin: bool = False,
 ) -> DiskStore | TieredStore:
     """The local folder, with what the options put around it.
+
+    Parameters
+    ----------
+    pin : bool
+        Whether chunks in memory are read by a GPU; see :class:`MemoryTier`.
 
     Raises
     ------
@@ -27,7 +36,7 @@ def open_store(
     disk = DiskStore(directory, size_limit, secret=options.secret)
     tiers: list[ChunkStore] = [disk]
     if options.memory_limit:
-        tiers.insert(0, MemoryTier(options.memory_limit))
+        tiers.insert(0, MemoryTier(options.memory_limit, pin=pin))
     if options.url:
         tiers.append(RemoteTier.open(options.url, timeout=options.timeout, secret=options.secret))
     return disk if len(tiers) == 1 else TieredStore(tiers, local=disk)

@@ -1,4 +1,4 @@
-"""Chunks in memory, in pinned memory where there is CUDA: the next copy to the device is faster."""
+"""Chunks in memory; for a model on a GPU in pinned memory, from which copies are faster."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ class MemoryTier:
     """The most recently used chunks, encoded, up to a number of bytes.
 
     Tags are left to the other tiers; what they evict goes here too.
+
+    Parameters
+    ----------
+    size_limit : int
+        Bytes.
+    pin : bool
+        Whether to lock the memory, so that a GPU copies from it by itself.
     """
 
-    def __init__(self, size_limit: int) -> None:
+    def __init__(self, size_limit: int, *, pin: bool = False) -> None:
         self.size_limit = size_limit
-        self._pin = torch.cuda.is_available()
+        self._pin = pin
         self._lock = Lock()
         self._payloads: OrderedDict[str, Payload] = OrderedDict()
         self._nbytes = 0

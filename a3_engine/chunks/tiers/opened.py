@@ -11,7 +11,7 @@ from collections import OrderedDict
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.processes import Lock
 
-MAX_FILES, MAX_BYTES = 512, 2**30
+MAX_FILES, MAX_BYTES = 512, 2**34  # the system takes their pages back when it wants them
 REMOVES_MAPPED = os.name != "nt"
 
 # (name, inode, size, change times): a file that was exchanged or changed has another.

@@ -85,7 +85,7 @@ class LAQCompressor(Compressor):
         for index, (layer, draft) in enumerate(zip(cache.layers, drafted, strict=True)):
             last, visible, scaling = self._last[index]
             query = torch.cat([last, draft], dim=2)
-            sees_all = torch.full((draft.shape[2],), layer.n_prompt)
+            sees_all = torch.full((draft.shape[2],), layer.n_prompt, device=visible.device)
             scores = method.rank(
                 query, layer.stored()[0], torch.cat([visible, sees_all]), scaling, visible - 1
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from a3_engine.fusion.selectors.a3 import A3, A3Lookahead
 from a3_engine.fusion.selectors.base import Selector
@@ -33,6 +35,12 @@ SELECTORS: dict[str, type[Selector]] = {
     )
 }
 DEFAULT = Mend.name
+# What they stand for, in the order of their cost; figures in docs/results.md.
+QUALITIES: dict[str, Selector] = {
+    "fast": FullReuse(),
+    "balanced": Mend(),
+    "exact": FullPrefill(),
+}
 
 
 def make_selector(selector: str | Selector, ratio: float | None = None) -> Selector:
@@ -52,3 +60,34 @@ def make_selector(selector: str | Selector, ratio: float | None = None) -> Selec
     if not isinstance(selector, Selector):
         raise TypeError(f"A selector is a name or a Selector, not {type(selector).__name__}.")
     return selector if ratio is None else replace(selector, ratio=ratio)
+
+
+def choose_selector(
+    selector: str | Selector | None,
+    ratio: float | None,
+    quality: str | None,
+    default: str | Selector = DEFAULT,
+) -> Selector:
+    """The selector that is asked for, by name and ratio or by quality; the default for neither.
+
+    Raises
+    ------
+    ValueError
+        There is no such selector or quality, or both are given.
+    """
+    if quality is None:
+        return make_selector(default if selector is None else selector, ratio)
+    if selector is not None or ratio is not None:
+        raise ValueError("quality stands for a selector and its ratio: give it, or these.")
+    if quality not in QUALITIES:
+        raise ValueError(f"There is no quality {quality!r}; choose one of {', '.join(QUALITIES)}.")
+    return QUALITIES[quality]
+
+
+def with_call(settings: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with a call's own on top, whose quality replaces selector and ratio, or these it."""
+    if call.get("quality") is not None:
+        settings = {**settings, "selector": None, "ratio": None}
+    elif call.get("selector") is not None or call.get("ratio") is not None:
+        settings = {**settings, "quality": None}
+    return {**settings, **call}

@@ -20,7 +20,7 @@ from a3_engine.fusion.cache import Correction
 from a3_engine.fusion.drift import Drift, DriftRepair
 from a3_engine.fusion.layout import Layout
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Near
+from a3_engine.model.rows import Near, send
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BoundarySelector(Selector):
 
     @abstractmethod
     def select(self, layout: Layout) -> torch.Tensor:
-        """Positions of chunk tokens, in any order."""
+        """Positions of chunk tokens, each once, in any order."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class LayerSelector(Selector):
 
     @abstractmethod
     def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
-        """Positions of chunk tokens, in any order.
+        """Positions of chunk tokens, each once, in any order.
 
         Parameters
         ----------
@@ -155,7 +155,7 @@ class QuestionSelector(Selector):
 
     @abstractmethod
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        """Positions of chunk tokens, in any order.
+        """Positions of chunk tokens, each once, in any order.
 
         Parameters
         ----------
@@ -212,6 +212,6 @@ def top_candidates(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> to
     candidates : torch.Tensor
         Positions that may be picked.
     """
-    candidates = candidates.to(scores.device)
+    candidates = send(candidates, scores.device)
     best = torch.topk(scores[candidates], min(k, len(candidates))).indices
     return candidates[best]

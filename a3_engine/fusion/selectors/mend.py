@@ -12,7 +12,7 @@ from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.drift import DriftRepair
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import QuestionSelector, top_candidates
-from a3_engine.model.rows import Near
+from a3_engine.model.rows import Near, send
 
 # Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
@@ -95,17 +95,17 @@ class Mend(QuestionSelector):
         # Chunk tokens that are exact already are attended to as well, though never picked.
         scores, picked = self.scores(layout, attention), self.select(layout, attention)
         best = top_candidates(scores, layout.chunk_positions, SHARED * self.budget(layout))
-        shared = torch.cat([picked, best]).cpu()
+        shared = torch.cat([picked, best])
         return first, Near(layout.with_chunk_tokens(shared), WINDOW, layout.chunks[-1].stop)
 
     def scores(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         """How much each token counts, ``(tokens,)``; the attention is that of :meth:`select`."""
-        scores = attention.mean(0)
+        # What stands before a chunk moves its first tokens most: alone, they see nothing.
+        weights = torch.ones(layout.n_tokens)
         for span in layout.chunks:
-            # What stands ahead of a chunk moves its first tokens most: alone, they see nothing.
-            behind = torch.arange(span.stop - span.start, device=scores.device)
-            scores[span.start : span.stop] *= 1 + START_WEIGHT * torch.exp(-behind / START_TOKENS)
-        return scores
+            behind = torch.arange(span.stop - span.start)
+            weights[span.start : span.stop] += START_WEIGHT * torch.exp(-behind / START_TOKENS)
+        return attention.mean(0) * send(weights, attention.device)
 
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         scores = self.scores(layout, attention)

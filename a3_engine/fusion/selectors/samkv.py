@@ -13,6 +13,7 @@ from a3_engine.fusion.cache import Correction, FusedLayer
 from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.model.rotary import Rotation
+from a3_engine.model.rows import send
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _mean_with_stored(
 ) -> None:
     """The update by fusion, of chunk tokens alone; see `Correction` for the other parameters."""
     assert layer.rows is not None
-    which = torch.isin(rows, chunk_positions).nonzero()[:, 0]
+    which = torch.isin(rows, send(chunk_positions, rows.device)).nonzero()[:, 0]
     slots, which = layer.rows[which].to(layer.device), which.to(layer.device)
     for fresh, stored in zip((fresh_key, fresh_value), layer.stored(), strict=True):
         new, old = fresh[:, :, which].float(), stored[:, :, slots].float()

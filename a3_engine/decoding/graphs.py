@@ -1,0 +1,196 @@
+"""Decoding steps as CUDA graphs.
+
+A step of one token is a thousand small launches, and the host takes five times as long to make
+them as the device to run them. Captured once for a number of requests, they are replayed as one.
+Requests come and go by what stands in a table of addresses; see :mod:`a3_engine.fusion.addressed`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from a3_engine.chunks.kv import kv_shape
+from a3_engine.fusion.addressed import COLUMNS, AddressedCache, Seat
+from a3_engine.fusion.batch import step
+from a3_engine.model.caching import with_cache
+from a3_engine.model.devices import input_device
+from a3_engine.model.rows import send
+from a3_engine.native import kernels_on
+
+logger = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16)  # requests of a captured step
+
+
+class Captured(NamedTuple):
+    """A step, and what it reads and writes."""
+
+    replay: Callable[[], None]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    grown: torch.Tensor
+    table: torch.Tensor
+    logits: torch.Tensor
+
+
+class GraphedSteps:
+    """The decoding steps of one model; captured where it computes on one GPU.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With the hooks of the fusion pass.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._device = input_device(model)
+        self._captured: dict[int, Captured] = {}
+        self._seats: dict[int, Seat] = {}
+        self._shown: tuple[int, list[Seat]] = (0, [])  # whose addresses a size's table holds
+        one_device = {weight.device for weight in model.parameters()} == {self._device}
+        self._usable = one_device and kernels_on(self._device) is not None
+
+    def step(self, tokens: Sequence[int], caches: Sequence[Cache]) -> torch.Tensor:
+        """Logits after one token of each request, ``(requests, 1, vocabulary)``.
+
+        Each cache grows by its token, but knows of it only after :meth:`leave`.
+        """
+        size = next((size for size in SIZES if size >= len(tokens)), None)
+        if not self._usable or size is None:
+            return self._plain(tokens, caches)
+        if size in self._captured:
+            return self._replay(self._captured[size], tokens, caches)
+        # The first step of a size is taken both ways, which write the same keys and values.
+        expected = self._plain(tokens, caches)
+        try:
+            self._captured[size] = self._capture(size)
+            for cache in caches:
+                cache.crop(-1)
+            got = self._replay(self._captured[size], tokens, caches)
+        except RuntimeError as error:
+            logger.warning("Decoding goes on without CUDA graphs: %s", error)
+            self._usable = False
+            return expected
+        if not _close(got, expected):
+            logger.warning("Decoding goes on without CUDA graphs, whose logits differ.")
+            self._usable = False
+            self.settle()
+            for cache in caches:
+                cache.crop(-1)
+            return self._plain(tokens, caches)
+        return expected
+
+    def _plain(self, tokens: Sequence[int], caches: Sequence[Cache]) -> torch.Tensor:
+        self.settle()
+        return step(self._model, tokens, caches, self._device)
+
+    def _replay(
+        self, step: Captured, tokens: Sequence[int], caches: Sequence[Cache]
+    ) -> torch.Tensor:
+        seats = [self._seat(cache) for cache in caches]
+        moved = [seat.make_room() for seat in seats]
+        size = len(step.ids)
+        if any(moved) or self._shown != (size, seats):
+            self._show(step, seats)
+        nobody = [0] * (size - len(seats))
+        sent = send(
+            torch.tensor(
+                [
+                    [*tokens, *nobody],
+                    [seat.position + seat.grown for seat in seats] + nobody,
+                    [seat.grown for seat in seats] + nobody,
+                ]
+            ),
+            self._device,
+        )
+        step.ids.copy_(sent[0, :, None])
+        step.positions.copy_(sent[1, :, None])
+        step.grown.copy_(sent[2])
+        step.replay()
+        for seat in seats:
+            seat.grown += 1
+        return step.logits[: len(seats)]
+
+    def leave(self, cache: Cache) -> None:
+        """A request decodes no more; its cache is whole from now on."""
+        if (seat := self._seats.pop(id(cache), None)) is not None:
+            seat.settle()
+            self._shown = (0, [])
+
+    def settle(self) -> None:
+        """Let every cache know what the steps have added, as before a step without a graph."""
+        for seat in self._seats.values():
+            seat.settle()
+        self._seats.clear()
+        self._shown = (0, [])
+
+    def _seat(self, cache: Cache) -> Seat:
+        if id(cache) not in self._seats:
+            self._seats[id(cache)] = Seat(cache)
+        return self._seats[id(cache)]
+
+    def _show(self, step: Captured, seats: Sequence[Seat]) -> None:
+        """Fill in a step's table; where there are fewer requests, the rest writes nowhere."""
+        size = step.table.shape[1]
+        rows = torch.tensor([seat.rows for seat in seats]).transpose(0, 1)
+        step.table[:, : len(seats)].copy_(send(rows.contiguous(), self._device))
+        if size > len(seats):
+            step.table[:, len(seats) :].copy_(self._empty[:, None])
+        self._shown = (size, list(seats))
+
+    def _capture(self, size: int) -> Captured:
+        decoder, device = self._model.get_decoder(), self._device
+        layers, kv_heads, _, head_dim = kv_shape(decoder, 1)
+        if not self._captured:
+            # A slot for requests that are not there.
+            self._slot = torch.zeros(2, kv_heads, 1, head_dim, dtype=decoder.dtype, device=device)
+            row = [self._slot[0].data_ptr(), self._slot[1].data_ptr(), self._slot.stride(1), 0]
+            self._empty = torch.tensor(row, device=device).expand(layers, -1)
+        ids, positions = (torch.zeros(size, 1, dtype=torch.long, device=device) for _ in "ip")
+        grown = torch.zeros(size, dtype=torch.long, device=device)
+        table = torch.empty(layers, size, COLUMNS, dtype=torch.long, device=device)
+        table.copy_(self._empty[:, None])
+        cache = AddressedCache(table, grown, kv_heads)
+        mask = torch.empty(1, 1, 1, 1, device=device)
+
+        def forward() -> torch.Tensor:
+            logits: torch.Tensor = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                **with_cache(self._model, cache),
+                use_cache=True,
+            ).logits
+            return logits
+
+        if device.type != "cuda":  # Triton's interpreter: the same step, launch by launch
+            logits = forward()
+
+            def again() -> None:
+                logits.copy_(forward())
+
+            return Captured(again, ids, positions, grown, table, logits)
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            forward()  # compiles and loads what it needs
+        torch.cuda.current_stream(device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on reading chunks meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = forward()
+        return Captured(graph.replay, ids, positions, grown, table, logits)
+
+
+def _close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether two ways of one step differ by no more than rounding does."""
+    bound = 1e-3 if ours.dtype == torch.float32 else 8e-2
+    difference = (ours.float() - reference.float()).abs().max()
+    return bool(difference <= bound * reference.abs().max())
