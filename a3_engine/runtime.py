@@ -172,7 +172,7 @@ def start(
         fingerprint=digest(engine, planner.prefix_ids + planner.stand_in_ids),
         shared=shared,
         watch=Watch(model),  # which holds weights, so that it comes behind packing
-        turns=_turns(model),
+        turns=_turns(model, support),
     )
 
 
@@ -189,13 +189,15 @@ def renewed(runtime: Runtime) -> Runtime:
         support=support,
         library=library,
         fingerprint=digest(engine, runtime.planner.prefix_ids),
-        turns=_turns(runtime.model),
+        turns=_turns(runtime.model, support),
         watch=watch,
     )
 
 
-def _turns(model: PreTrainedModel) -> Turns:
-    """Room for kept conversations by the model's bytes a token."""
+def _turns(model: PreTrainedModel, support: Support) -> Turns:
+    """Room for kept conversations by the model's bytes a token; a refused model keeps none."""
+    if support.rotation is None:
+        return Turns()
     return Turns(max_bytes=max(MAX_BYTES, TURN_TOKENS * token_nbytes(model)))
 
 

@@ -6,13 +6,13 @@ request wants goes first: the engine empties this when an allocation fails.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
 
 from a3_engine.chunks.kv import ChunkKV
+from a3_engine.processes import Lock
 
 SHARE_OF_FREE = 1 / 4  # of the device's memory beside the model
 
@@ -22,7 +22,7 @@ class Resident:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._chunks: OrderedDict[str, ChunkKV] = OrderedDict()
         self._nbytes = 0
 

@@ -205,7 +205,7 @@ class NoIds(InMemoryVectorStore):
 def test_a_store_that_tells_no_ids_is_wrapped_too(llm):
     store = A3VectorStore(NoIds(DeterministicFakeEmbedding(size=8)), llm, show_progress=False)
     assert store.add_documents([Document(page_content=TEXT, id="doc")]) is None
-    assert llm.engine.evict("doc") == 1
+    assert llm.engine.evict("doc") >= 1  # the chunk, and its first tokens where they open a prompt
     assert store.add_texts([TEXT]) == []
 
 
