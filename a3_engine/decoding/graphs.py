@@ -7,6 +7,7 @@ Requests come and go by what stands in a table of addresses; see :mod:`a3_engine
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -177,16 +178,23 @@ class GraphedSteps:
                 logits.copy_(forward())
 
             return Captured(again, ids, positions, grown, table, logits)
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside = _capturing(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
-            forward()  # compiles and loads what it needs
+            # Compiles and loads what it needs. On the stream that captures, so that cuBLAS takes
+            # its workspace there from memory that outlives this graph: all later ones share it.
+            forward()
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on reading chunks meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             logits = forward()
         return Captured(graph.replay, ids, positions, grown, table, logits)
+
+
+@functools.cache
+def _capturing(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _close(ours: torch.Tensor, reference: torch.Tensor) -> bool:

@@ -161,7 +161,7 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
     if model.dtype not in DTYPES:
         raise UnsupportedModelError(f"it computes in {model.dtype}")
     device = input_device(model)
-    long = _long(model, device)
+    long = _long(model, rotation, device)
     ids = torch.tensor([(list(text) * (long // len(text) + 1))[: long + STEPS]], device=device)
     steps = torch.arange(STEPS)
     probe = Probe(model, ids, torch.cat([torch.arange(SHORT + STEPS), _tail(long), long + steps]))
@@ -189,11 +189,13 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
     return rotation
 
 
-def _long(model: PreTrainedModel, device: torch.device) -> int:
-    """How many tokens the longer prompt has."""
+def _long(model: PreTrainedModel, rotation: Rotation, device: torch.device) -> int:
+    """How many tokens the longer prompt has; none beyond which frequencies change (longrope)."""
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     least, most = (CPU_LONG, CPU_BOUND) if device.type == "cpu" else (LONG, BOUND)
-    return window + TAIL if least < window + TAIL <= most else least
+    wanted = window + TAIL if least < window + TAIL <= most else least
+    limit = rotation.max_tokens
+    return wanted if limit is None else max(SHORT, min(wanted, limit - STEPS))
 
 
 def _tail(n_tokens: int) -> torch.Tensor:

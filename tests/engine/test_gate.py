@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from a3_engine import A3Engine, Precomputed
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.model import support
 from a3_engine.model.caching import cache_in, without_cache
 from tests.tiny import DERIVED, SHAPE, rope, tiny_model
 
@@ -210,3 +211,10 @@ def test_the_self_check_refuses_what_it_cannot_fuse_rightly(tiny_engine, sabotag
     with torch.inference_mode():
         assert torch.equal(changed(ids).logits, untouched(ids).logits)
     odd.close()
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "gemma3", "qwen2-sliding"])
+def test_the_long_probe_of_an_accelerator_is_passed(tiny_engine, monkeypatch, name):
+    """Its length goes beyond windows, but not to where longrope changes its frequencies."""
+    monkeypatch.setattr(support, "CPU_LONG", support.LONG)
+    assert tiny_engine(name).unsupported_reason is None
