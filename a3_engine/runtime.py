@@ -188,7 +188,7 @@ def renewed(runtime: Runtime) -> Runtime:
         runtime,
         support=support,
         library=library,
-        fingerprint=digest(engine, runtime.planner.prefix_ids),
+        fingerprint=digest(engine, runtime.planner.prefix_ids + runtime.planner.stand_in_ids),
         turns=_turns(runtime.model, support),
         watch=watch,
     )
