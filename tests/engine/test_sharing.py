@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from a3_engine.decoding import sharing
+from a3_engine.decoding import graphs
 from a3_engine.fusion.batch import step
 from a3_engine.model.caching import with_cache
 from tests.tiny import CONFIGS, VOCABULARY
@@ -60,7 +60,7 @@ def counted(endless, monkeypatch):
         sizes.append(len(tokens))
         return step(model, tokens, *rest)
 
-    monkeypatch.setattr(sharing, "step", counting)
+    monkeypatch.setattr(graphs, "step", counting)
     return endless, sizes
 
 
@@ -104,7 +104,7 @@ def test_an_error_in_a_shared_step_reaches_every_request(endless, monkeypatch):
             raise RuntimeError("the device is gone")
         return step(model, tokens, *rest)
 
-    monkeypatch.setattr(sharing, "step", failing)
+    monkeypatch.setattr(graphs, "step", failing)
     with ThreadPoolExecutor(2) as pool:
         answers = [
             pool.submit(endless.generate, f"Lamp {n}?", max_new_tokens=2000) for n in range(2)
