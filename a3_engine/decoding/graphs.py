@@ -1,7 +1,7 @@
 """Decoding steps as CUDA graphs.
 
-A step of one token is a thousand small launches, and the host takes five times as long to make
-them as the device to run them. Captured once for a number of requests, they are replayed as one.
+A step of one token is a thousand small launches, which the host takes longer to make than the
+device to run (docs/gpu.md). Captured once for a number of requests, they are replayed as one.
 Requests come and go by what stands in a table of addresses; see :mod:`a3_engine.fusion.addressed`.
 """
 
