@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from a3_engine import Chunk, answering
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.resident import Resident
+from a3_engine.kv import ChunkKV
 
 LAMP = "The lamp of the lighthouse burns through the night."
 ASK = "Who keeps the lamp?"

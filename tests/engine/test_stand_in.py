@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-import a3_engine.chunks.library as library_module
+import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, Chunk, Message, Precomputed
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.stand_in import PASSAGES
-from a3_engine.model.caching import OURS, with_cache
+from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Segment
 from tests.engine.test_exactness import (
     SHAPES,
@@ -50,7 +50,7 @@ def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monk
     """All recomputed: the full prefill. None: chunks computed behind prefix and stand-in, but for
     the head of the one that opens the prompt.
     """
-    monkeypatch.setattr(library_module, "HEAD_TOKENS", 6)
+    monkeypatch.setattr(encoding_module, "HEAD_TOKENS", 6)
     engine = tiny_engine(architecture, stand_in=STAND_IN)
     prompt = build_prompt(engine, SHAPES[shape])
     expected = full_prefill(engine, prompt).logits[0, -1]
@@ -70,7 +70,7 @@ def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monk
 @pytest.mark.parametrize("head", [6, 64])
 def test_the_head_of_the_chunk_that_opens_a_prompt_is_exact(tiny_engine, monkeypatch, head):
     """Ingested ahead, never picked, never moved; what stands elsewhere has none."""
-    monkeypatch.setattr(library_module, "HEAD_TOKENS", head)
+    monkeypatch.setattr(encoding_module, "HEAD_TOKENS", head)
     engine = tiny_engine(stand_in=STAND_IN)
     assert engine.precompute(TEXTS, progress=False).computed == len(TEXTS)
     assert engine.precompute(TEXTS, progress=False) == Precomputed(0, len(TEXTS))
@@ -180,13 +180,13 @@ def test_a_chunk_too_long_for_both_is_computed_without(tiny_engine, architecture
 def test_the_stand_in_is_computed_once_for_all(tiny_engine, monkeypatch):
     texts = [f"{text} " * 10 for text in TEXTS]  # longer than their heads
     computed: Counter[tuple[int, ...]] = Counter()
-    real = library_module.encode_chunks
+    real = encoding_module.encode_chunks
 
     def counting(decoder, rotation, chunks, prefix):
         computed.update(map(tuple, chunks))
         return real(decoder, rotation, chunks, prefix)
 
-    monkeypatch.setattr(library_module, "encode_chunks", counting)
+    monkeypatch.setattr(encoding_module, "encode_chunks", counting)
     engine = tiny_engine(stand_in=STAND_IN)
     planner = engine.runtime.planner
     for text in texts:

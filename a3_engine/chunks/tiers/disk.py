@@ -42,7 +42,7 @@ from a3_engine.chunks.tiers.filesystem import (
     shares_memory,
 )
 from a3_engine.chunks.tiers.index import Entry, Index, Note, Row
-from a3_engine.chunks.tiers.opened import Identity
+from a3_engine.chunks.tiers.mapped_files import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
 from a3_engine.processes import Lock
