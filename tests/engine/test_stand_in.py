@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+import a3_engine.chunks.library as library_module
 import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, Chunk, Message, Precomputed
 from a3_engine.chunks.fingerprint import chunk_key
@@ -50,7 +51,7 @@ def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monk
     """All recomputed: the full prefill. None: chunks computed behind prefix and stand-in, but for
     the head of the one that opens the prompt.
     """
-    monkeypatch.setattr(encoding_module, "HEAD_TOKENS", 6)
+    monkeypatch.setattr(library_module, "HEAD_TOKENS", 6)
     engine = tiny_engine(architecture, stand_in=STAND_IN)
     prompt = build_prompt(engine, SHAPES[shape])
     expected = full_prefill(engine, prompt).logits[0, -1]
@@ -70,7 +71,7 @@ def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monk
 @pytest.mark.parametrize("head", [6, 64])
 def test_the_head_of_the_chunk_that_opens_a_prompt_is_exact(tiny_engine, monkeypatch, head):
     """Ingested ahead, never picked, never moved; what stands elsewhere has none."""
-    monkeypatch.setattr(encoding_module, "HEAD_TOKENS", head)
+    monkeypatch.setattr(library_module, "HEAD_TOKENS", head)
     engine = tiny_engine(stand_in=STAND_IN)
     assert engine.precompute(TEXTS, progress=False).computed == len(TEXTS)
     assert engine.precompute(TEXTS, progress=False) == Precomputed(0, len(TEXTS))
