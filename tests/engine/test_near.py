@@ -98,4 +98,4 @@ def test_all_attend_to_what_the_question_attends_to_most_exact_or_not():
         torch.cat([picked, fresh, torch.tensor([7, 20, 33])]), local_global.global_positions
     ).all()
     assert len(local_global.global_positions) < 40
-    assert local_global.until == 120
+    assert local_global.dense_from == 120

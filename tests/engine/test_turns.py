@@ -33,7 +33,7 @@ def first_turn() -> list[Message]:
 def extended(engine: A3Engine, prompt: Prompt, more: list[Segment]) -> Prompt:
     """The prompt, the answer that was kept for it, and new segments."""
     (turn,) = (
-        t for t in engine.runtime.prefix_cache._turns if list(t.ids[: t.n_prompt]) == prompt.ids
+        t for t in engine.runtime.prefix_cache._prefixes if list(t.ids[: t.n_prompt]) == prompt.ids
     )
     answer = Segment("fresh", turn.ids[turn.n_prompt :])
     segments = (*prompt.segments, answer, *more)
@@ -102,7 +102,7 @@ def test_a_cache_that_leaves_tokens_out_serves_its_own_request_alone(tiny_engine
     first = engine.generate(first_turn(), max_new_tokens=6, **method)
     longer = [*first_turn(), Message("assistant", first.text), Message("user", "Why?")]
     assert engine.generate(longer, max_new_tokens=6, **method).report.reused_turn_tokens == 0
-    assert not engine.runtime.prefix_cache._turns
+    assert not engine.runtime.prefix_cache._prefixes
 
 
 def test_a_conversation_reports_what_it_kept(tiny_engine):
