@@ -18,7 +18,7 @@ import torch
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.fusion.selectors.mend import SHARED, WINDOW, Mend
-from a3_engine.model.rows import Near
+from a3_engine.model.masks import Near
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512

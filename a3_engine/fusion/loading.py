@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.fusion.arrival import load_by_kernel
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.kv import ChunkKV, kv_shape
 from a3_engine.model.attention import has_window
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import loops

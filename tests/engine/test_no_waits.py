@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from a3_engine import native
-from a3_engine.chunks.kv import ChunkKV, kv_shape
-from a3_engine.fusion import arrival, drift
-from a3_engine.fusion.fuse import install_hooks, run_pass
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion import arrival, correction
+from a3_engine.fusion.fusion_pass import install_hooks, run_pass
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors import SELECTORS
+from a3_engine.kv import ChunkKV, kv_shape
+from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import install
 from a3_engine.model.rotary import read_rotation
 from tests.tiny import tiny_model
@@ -61,7 +61,7 @@ class Shapes:
 
 @pytest.fixture
 def shapes(monkeypatch):
-    for module in (native, arrival, drift):
+    for module in (native, arrival, correction):
         monkeypatch.setattr(module, "kernels_on", lambda device: Shapes)
 
 

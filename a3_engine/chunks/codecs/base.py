@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.kv import ChunkKV
 
 Shape = tuple[int, int, int, int]
 Tensors = dict[str, torch.Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from a3_engine.chunks.codecs.base import Shape, Spec, Tensors
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.kv import ChunkKV
 
 
 class Raw:
