@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_engine.assembly import assemble, touch
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import SHIPPED, passages_of
@@ -43,7 +44,7 @@ from a3_engine.model.loading import (
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.request import answer, assemble, check_room, touch
+from a3_engine.request import Request, check_room
 from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
@@ -51,7 +52,7 @@ from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
-Request = str | Sequence[Message] | Prompt
+PromptLike = str | Sequence[Message] | Prompt
 
 
 class A3Engine:
@@ -332,7 +333,7 @@ class A3Engine:
 
     # Answers
 
-    def plan(self, request: Request, chunks: Sequence[str | Chunk] = ()) -> Prompt:
+    def plan(self, request: PromptLike, chunks: Sequence[str | Chunk] = ()) -> Prompt:
         """The segments of a request.
 
         Parameters
@@ -383,7 +384,7 @@ class A3Engine:
 
     def stream(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         quality: str | None = None,
@@ -424,17 +425,17 @@ class A3Engine:
             )
         )
 
-    def generate(self, request: Request, **options: Any) -> Answer:
+    def generate(self, request: PromptLike, **options: Any) -> Answer:
         """The whole answer; the options are those of :meth:`stream`."""
         pieces: list[str] = []
         report = self._work(request, **options)(pieces.append, lambda: False)
         return Answer("".join(pieces), report)
 
-    async def astream(self, request: Request, **options: Any) -> AsyncTokenStream:
+    async def astream(self, request: PromptLike, **options: Any) -> AsyncTokenStream:
         """:meth:`stream` for an event loop."""
         return AsyncTokenStream(lambda emit, gone: self._work(request, **options)(emit, gone))
 
-    async def agenerate(self, request: Request, **options: Any) -> Answer:
+    async def agenerate(self, request: PromptLike, **options: Any) -> Answer:
         """:meth:`generate` for an event loop; cancelling it stops the computation."""
         stream = await self.astream(request, **options)
         pieces = [piece async for piece in stream]
@@ -443,7 +444,7 @@ class A3Engine:
 
     def prepare(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         room: int = 0,
@@ -469,11 +470,11 @@ class A3Engine:
             Chunks of this model cannot be moved.
         """
         prompt, chosen = self.plan(request, chunks), self._method(**method)
-        cache = assemble(self.runtime, prompt, chosen, room, FusionReport())
+        cache = assemble(self.runtime, prompt, chosen, room, FusionReport()).cache
         touch(self.runtime, prompt, chosen.selector)
         return prompt, cache
 
-    def fuse(self, request: Request, **options: Any) -> tuple[Prompt, FusedCache]:
+    def fuse(self, request: PromptLike, **options: Any) -> tuple[Prompt, FusedCache]:
         """The former name of :meth:`prepare`."""
         warnings.warn("A3Engine.fuse is now prepare.", DeprecationWarning, stacklevel=2)
         return self.prepare(request, **options)
@@ -499,7 +500,7 @@ class A3Engine:
 
     def _work(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         **options: Any,
@@ -519,10 +520,11 @@ class A3Engine:
         if settings.temperature > 0 and settings.seed is None:
             settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
+        checked = Request(runtime, prompt, method, settings, started, plan_s)
 
         def work(emit: Emit, abandoned: Callable[[], bool]) -> FusionReport:
             with undisturbed():
-                return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
+                return checked.answer(emit, abandoned)
 
         return work
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.arrival import load_by_kernel
-from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.kv import ChunkKV, kv_shape
 from a3_engine.model.attention import has_window
+from a3_engine.model.executor import DeviceExecutor
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import loops
 
@@ -28,7 +28,8 @@ def allocate(
     for layer, window in zip(decoder.layers, has_window(model), strict=True):
         device = _device(layer)
         if device.type == "cpu":
-            both = BUFFERS.take(2 * math.prod(shape), dtype).view(2, *shape)
+            buffers = DeviceExecutor.on(device).buffers
+            both = buffers.take(2 * math.prod(shape), dtype).view(2, *shape)
         else:
             both = torch.empty((2, *shape), dtype=dtype, device=device)
         keys, values = both.unbind()
