@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from a3_engine.chunks.fingerprint import (
     tokenizer_fingerprint,
 )
 from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.stand_in import passages_of
+from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions
 from a3_engine.chunks.text_index import Catalogue
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
@@ -35,6 +36,7 @@ from a3_engine.model.executor import Computing
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
 from a3_engine.native import loops
+from a3_engine.profile import Profile, profile_path, read_profile
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
 
@@ -50,6 +52,7 @@ class Runtime:
 
     ``library`` and ``local_queries`` are None for a model that the gate refused. ``shared`` lets
     requests that decode at the same time share their steps. ``watch`` notices changed weights.
+    ``profile`` is what was tuned for this model, where the settings leave that open.
     ``reports`` are those of the last requests, to be explained.
     """
 
@@ -65,6 +68,7 @@ class Runtime:
     shared: SharedDecoding
     watch: Watch
     turns: Turns
+    profile: Profile | None = None
     seeds: Seeds = field(default_factory=Seeds)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
@@ -128,11 +132,16 @@ def start(
     """
     if model.device.type == "cpu":
         loops.library(model.dtype)  # compiled now where it has to be, not during a request
-    planner = PromptPlanner(tokenizer, encode_prefix, passages_of(stand_in))
+    weights, tokens = _weights(model), tokenizer_fingerprint(tokenizer)
+    profile = None
+    if stand_in == AUTO:
+        profile = read_profile(profile_path(cache_dir, weights.identity, tokens, encode_prefix))
+    passages = passages_of(profile.stand_in if profile else stand_in)
+    planner = PromptPlanner(tokenizer, encode_prefix, passages)
     shared = SharedDecoding(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
     support = shared.computing.run(lambda: examine(model, text))
-    engine, support = _identity(model, tokenizer, codec, support)
+    engine, support = _identity(weights, tokens, codec, support)
     if support.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
     elif not support.tested:
@@ -172,6 +181,7 @@ def start(
         shared=shared,
         watch=Watch(model),  # which holds weights, so that it comes behind packing
         turns=_turns(model, support),
+        profile=profile,
     )
 
 
@@ -180,7 +190,8 @@ def renewed(runtime: Runtime) -> Runtime:
     watch, old = Watch(runtime.model), runtime.library
     if old is None:
         return replace(runtime, watch=watch)
-    engine, support = _identity(runtime.model, runtime.tokenizer, old.codec, runtime.support)
+    weights, tokens = _weights(runtime.model), tokenizer_fingerprint(runtime.tokenizer)
+    engine, support = _identity(weights, tokens, old.codec, runtime.support)
     library = old.of(engine) if support.rotation is not None else None
     runtime.planner.find = library.catalogue.find if library is not None else None
     return replace(
@@ -200,16 +211,26 @@ def _turns(model: PreTrainedModel, support: Support) -> Turns:
     return Turns(max_bytes=max(MAX_BYTES, TURN_TOKENS * token_nbytes(model)))
 
 
+class Weights(NamedTuple):
+    """The fingerprint of a model's weights, or why there is none."""
+
+    identity: str
+    reason: str | None = None
+
+
+def _weights(model: PreTrainedModel) -> Weights:
+    try:
+        return Weights(model_fingerprint(model))
+    except Exception as error:
+        return Weights("unknown", f"its weights cannot be read: {shortened(error)}")
+
+
 def _identity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: str, support: Support
+    weights: Weights, tokenizer: str, codec: str, support: Support
 ) -> tuple[str, Support]:
     """Fingerprint of what makes keys and values; a model without one is not fused."""
-    try:
-        weights = model_fingerprint(model)
-    except Exception as error:
-        weights = "unknown"
-        reason = support.reason or f"its weights cannot be read: {shortened(error)}"
-        support = replace(support, rotation=None, reason=reason)
+    if weights.reason is not None:
+        support = replace(support, rotation=None, reason=support.reason or weights.reason)
     rotation = support.rotation
     turning = (rotation.inv_freq.tolist(), rotation.adjacent) if rotation else None
-    return digest(weights, tokenizer_fingerprint(tokenizer), codec, turning), support
+    return digest(weights.identity, tokenizer, codec, turning), support
