@@ -41,6 +41,7 @@ from a3_engine.report import FusionReport
 logger = logging.getLogger(__name__)
 
 MAX_REPORTS = 64
+LOOPS_S = 1.0
 TURN_TOKENS = 16_384  # of kept conversations, where that is more than the least bound in bytes
 
 
@@ -127,7 +128,8 @@ def start(
         The folder cannot be used.
     """
     if model.device.type == "cpu":
-        loops.library(model.dtype)  # compiled now where it has to be, not during a request
+        # Those of an earlier start are there at once; compiling goes on beside the first answers.
+        loops.library(model.dtype, LOOPS_S)
     planner = PromptPlanner(tokenizer, encode_prefix, passages_of(stand_in))
     shared = SharedDecoding(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
