@@ -20,7 +20,7 @@ from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation, rotate_
 from tests.engine.test_exactness import build_prompt
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -167,7 +167,11 @@ def engine_of(tmp_path):
 
     def make(name):
         folder = tmp_path / str(len(made))
-        made.append(A3Engine.from_pretrained(tiny_model(name), tiny_tokenizer(), cache_dir=folder))
+        made.append(
+            A3Engine.from_pretrained(
+                tiny_model(name), tiny_tokenizer(), cache_dir=folder, stand_in=STAND_IN
+            )
+        )
         assert made[-1].unsupported_reason is None
         return made[-1]
 
