@@ -80,7 +80,7 @@ class PromptPlanner:
     stand_in : sequence of str
         Passages that chunks are computed behind as well, joined as documents in a prompt are.
     find : callable
-        Finds known chunks in plain text; see :class:`~a3_engine.chunks.text_index.Catalogue`.
+        Finds known chunks in plain text; see :class:`~a3_engine.chunks.text_index.TextIndex`.
     """
 
     def __init__(

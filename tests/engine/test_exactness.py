@@ -46,7 +46,7 @@ def build_prompt(engine: A3Engine, shape: list[str | int]) -> Prompt:
 
 
 def fused_logits(engine: A3Engine, prompt: Prompt, selector: str, ratio: float) -> torch.Tensor:
-    _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
+    _, cache = engine.prepare(prompt, selector=selector, ratio=ratio)
     ids = torch.tensor([prompt.ids])
     with torch.inference_mode():
         return engine.runtime.model(
@@ -133,7 +133,7 @@ def test_first_chunk_behind_its_prefix_is_exact(tiny_engine, architecture):
     expected = getattr(full_prefill(engine, prompt), OURS)
     stop = prompt.n_tokens - 5
     for attempt in ("computed", "loaded"):
-        _, cache = engine.fuse(prompt, selector="full_reuse")
+        _, cache = engine.prepare(prompt, selector="full_reuse")
         for ours, theirs in zip(cache.layers, expected.layers, strict=True):
             keys, values = ours.stored()
             scale = theirs.keys.abs().max()
