@@ -16,7 +16,7 @@ from typing import Any
 
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import passages_of
-from a3_engine.fusion.correction import DriftRepair
+from a3_engine.fusion.correction import KVCorrection
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.owners import why_not_ours_alone
 
@@ -36,7 +36,7 @@ class Profile:
     ratio : float
         Share of the chunk tokens to recompute, 0 to 1.
     strength : float
-        Of the repair of the others, 0 to 1.
+        Of the KV correction of the others, 0 to 1.
     """
 
     stand_in: str | tuple[str, ...]
@@ -52,7 +52,7 @@ class Profile:
     @property
     def selector(self) -> Mend:
         """The default method with these settings."""
-        return Mend(ratio=self.ratio, repair=DriftRepair(strength=self.strength), least=0)
+        return Mend(ratio=self.ratio, correction=KVCorrection(strength=self.strength), least=0)
 
 
 def profile_path(cache_dir: Path, weights: str, tokenizer: str, encode_prefix: str) -> Path:

@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """The command's options."""
     run = commands.add_parser(
         "tune",
-        help="find the stand-in, repair and ratio that suit a model and your documents",
+        help="find the stand-in, correction and ratio that suit a model and your documents",
         description="Makes prompts of your documents, tries settings by their divergence from the "
         "model's own full prefill, and saves the best as the profile that every engine of this "
         "model in this folder uses from then on. Can be stopped, and goes on where it was.",
@@ -68,8 +68,8 @@ def run_tune(options: argparse.Namespace) -> None:
 
 
 def _line(figure: Figure) -> str:
-    repair = figure.selector.repair
-    strength = f"{repair.strength:8.2f}" if repair and figure.selector.ratio else f"{'':8}"
+    correction = figure.selector.correction
+    strength = f"{correction.strength:8.2f}" if correction and figure.selector.ratio else f"{'':8}"
     reported = "" if figure.reported_on is None else f"{figure.reported_on:12.4f}"
     return (
         f"{figure.stand_in:14} {figure.selector.ratio:6.2f} {strength} {figure.chosen_on:14.4f} "

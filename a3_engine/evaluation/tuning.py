@@ -1,4 +1,4 @@
-"""What is best for one model and one corpus: stand-in, repair strength and ratio, by measurement.
+"""What is best for one model and one corpus: stand-in, correction strength and ratio, by measurement.
 
 Prompts are made of the corpus: chunks in random company, and the beginning of a sentence of one of
 them to be gone on with. Settings are compared by their divergence from the model's own full
@@ -180,8 +180,8 @@ class Tuner:
             best = min(
                 (figure for figure in figures if figure.selector.ratio), key=lambda f: f.chosen_on
             )
-            assert best.selector.repair is not None
-            strength, name = best.selector.repair.strength, best.stand_in
+            assert best.selector.correction is not None
+            strength, name = best.selector.correction.strength, best.stand_in
             by_ratio = []
             for ratio in RATIOS:
                 selector = Profile(NONE, ratio, strength).selector

@@ -101,7 +101,7 @@ def test_a_finished_request_leaves_its_memory_at_once(tiny_engine, monkeypatch):
 
         def ask(selector=selector):
             engine.generate("Who keeps it?", chunks=chunks, selector=selector, max_new_tokens=2)
-            engine.runtime.turns.clear()
+            engine.runtime.prefix_cache.clear()
 
         ask()
         gc.collect()
