@@ -1,4 +1,4 @@
-"""What is best for one model and one corpus: stand-in, correction strength and ratio, by measurement.
+"""What suits one model and one corpus: stand-in, KV correction and ratio, by measurement.
 
 Prompts are made of the corpus: chunks in random company, and the beginning of a sentence of one of
 them to be gone on with. Settings are compared by their divergence from the model's own full
