@@ -212,5 +212,5 @@ def _identity(
         reason = support.reason or f"its weights cannot be read: {shortened(error)}"
         support = replace(support, rotation=None, reason=reason)
     rotation = support.rotation
-    turning = (rotation.inv_freq.tolist(), rotation.adjacent) if rotation else None
+    turning = ([row.tolist() for row in rotation.inv_freq], rotation.adjacent) if rotation else None
     return digest(weights, tokenizer_fingerprint(tokenizer), codec, turning), support

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.fusion.fuse import FusionPass, run_pass
 from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.loading import allocate, load_chunks
@@ -78,16 +78,15 @@ def encode_chunks(
     run_pass(decoder, [ids + ids[-1:] * (n_tokens - len(ids)) for ids in rows], cache)
 
     device = decoder.get_input_embeddings().weight.device
-    keys, values = [], []
+    layers = []
     for layer, (cos, sin) in zip(cache.layers, rotation.tables(own, cache.devices), strict=True):
         key, value = (states[:, :, behind:] for states in layer.stored())
         rotate_(key, cos, sin, inverse=True)
-        keys.append(key.to(device))
-        values.append(value.to(device))
+        layers.append((key, value))
     return [
-        ChunkKV(
-            torch.stack([key[place, :, : len(ids)] for key in keys]),
-            torch.stack([value[place, :, : len(ids)] for value in values]),
+        kv_shape(decoder).chunk(
+            [(key[place, :, : len(ids)], value[place, :, : len(ids)]) for key, value in layers],
+            device,
         )
         for place, ids in enumerate(chunks)
     ]

@@ -81,7 +81,7 @@ class ChunkLibrary:
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
         self._decoder, self._rotation = decoder, rotation
-        self._shape, self._dtype = kv_shape(decoder, 1), str(decoder.dtype)
+        self._shape, self._dtype = kv_shape(decoder), str(decoder.dtype)
         self._engine, self.codec = engine, codec
         self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
@@ -287,10 +287,16 @@ class ChunkLibrary:
         behind = self.behind(segment)
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
-        layers, kv_heads, _, head_dim = self._shape
-        shape = (layers, kv_heads, len(segment.ids), head_dim)
-        stand_in = self.stand_in if behind != self.prefix_ids and behind else ""
-        return Header(key, self._engine, shape, self._dtype, codec, stand_in=stand_in)
+        shape, values = self._shape.of_chunk(len(segment.ids))
+        return Header(
+            key,
+            self._engine,
+            shape,
+            self._dtype,
+            codec,
+            stand_in=self.stand_in if behind != self.prefix_ids and behind else "",
+            value_dim=0 if values == shape else values[3],
+        )
 
 
 def _about(segment: Segment) -> str:
