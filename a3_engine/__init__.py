@@ -2,9 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from a3_engine.chunks.ingestion import Precomputed
 from a3_engine.chunks.store import StoreOptions
-from a3_engine.decoding.stream import Answer, AsyncTokenStream, TokenStream
 from a3_engine.engine import A3Engine
 from a3_engine.errors import (
     A3Error,
@@ -13,9 +11,11 @@ from a3_engine.errors import (
     StoreError,
     UnsupportedModelError,
 )
+from a3_engine.ingestion import Precomputed
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
 from a3_engine.segments import Prompt
+from a3_engine.stream import Answer, AsyncTokenStream, TokenStream
 
 try:
     __version__ = version("a3-integrations")

@@ -16,24 +16,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.answering import answer, assemble, check_room, mark_used
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
-from a3_engine.chunks.ingestion import Precomputed, ingest
 from a3_engine.chunks.stand_in import SHIPPED, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.sampling import Sampling
-from a3_engine.decoding.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors import choose_selector
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.ingestion import Precomputed, ingest
 from a3_engine.messages import clean
 from a3_engine.method import Method
-from a3_engine.model.computing import undisturbed
+from a3_engine.model.executor import undisturbed
 from a3_engine.model.loading import (
     default_cache_dir,
     known_context_window,
@@ -44,8 +42,10 @@ from a3_engine.model.loading import (
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
+from a3_engine.request import answer, assemble, check_room, mark_used
 from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
+from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 
 METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -18,10 +18,9 @@ from weakref import WeakKeyDictionary
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from a3_engine.chunks.catalogue import Match
 from a3_engine.messages import Chunk, Message, clean
 from a3_engine.processes import Lock
-from a3_engine.segments import Prompt, Segment
+from a3_engine.segments import Match, Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
 
 __all__ = ["Chunk", "Message", "PromptPlanner"]
@@ -69,7 +68,7 @@ class PromptPlanner:
     stand_in : sequence of str
         Passages that chunks are computed behind as well, joined as documents in a prompt are.
     find : callable
-        Finds known chunks in plain text; see :class:`~a3_engine.chunks.catalogue.Catalogue`.
+        Finds known chunks in plain text; see :class:`~a3_engine.chunks.text_index.Catalogue`.
     """
 
     def __init__(

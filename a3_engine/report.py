@@ -6,11 +6,28 @@ import html
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from a3_engine.decoding.logprobs import TokenLogprob
-from a3_engine.model.rows import Near
+from a3_engine.model.masks import Near
 from a3_engine.segments import Prompt
+
+
+class TokenLogprob(NamedTuple):
+    """One token of an answer.
+
+    Parameters
+    ----------
+    token : str
+        Its text, blanks included.
+    logprob : float
+        Natural logarithm of its probability, by the model's own distribution.
+    top : tuple of (str, float)
+        The likeliest tokens in its place with theirs, as many as were asked for.
+    """
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,29 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.fingerprint import (
     Watch,
     digest,
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from a3_engine.chunks.kv import token_nbytes
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.stand_in import passages_of
 from a3_engine.chunks.store import StoreOptions
+from a3_engine.chunks.text_index import Catalogue
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
+from a3_engine.decoding.batching import SharedDecoding
 from a3_engine.decoding.seeds import Seeds
-from a3_engine.decoding.sharing import SharedDecoding
 from a3_engine.errors import shortened
 from a3_engine.fusion.buffers import BUFFERS
+from a3_engine.fusion.encoding import ChunkEncoder
+from a3_engine.fusion.prefix_cache import MAX_BYTES, Turns
 from a3_engine.fusion.sparse import LocalQueries
-from a3_engine.fusion.turns import MAX_BYTES, Turns
-from a3_engine.model.computing import Computing
+from a3_engine.gate import Support, examine
+from a3_engine.model.executor import Computing
+from a3_engine.model.kv_shape import token_nbytes
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
-from a3_engine.model.support import Support, examine
 from a3_engine.native import loops
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
@@ -148,8 +149,7 @@ def start(
     library = None
     if support.rotation is not None:
         library = ChunkLibrary(
-            model.get_decoder(),
-            support.rotation,
+            ChunkEncoder(model.get_decoder(), support.rotation, shared.computing),
             chunks,
             Catalogue(chunks.local, engine),
             engine=engine,
@@ -157,7 +157,6 @@ def start(
             prefix_ids=planner.prefix_ids,
             stand_in_ids=planner.stand_in_ids,
             room=min(context_window(model), support.rotation.max_tokens or 2**31),
-            computing=shared.computing,
         )
         planner.find = library.catalogue.find
     return Runtime(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.layout import Layout, Span
 
 Kind = Literal["prefix", "chunk", "head", "fresh"]
+
+
+class Match(NamedTuple):
+    """A known text at ``text[start:stop]``."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import torch
 from a3_engine import A3Engine
 from a3_engine.benchmark.prompts import QUESTION, chunk_texts
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.drift import Drift, DriftRepair
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_ragged, attend_rows
+from a3_engine.model.masks import Ragged, Rows
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Ragged, Rows
 from a3_engine.native import loops as native
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 9, 3, 64, 0.125  # the demo model's

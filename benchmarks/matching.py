@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.text_index import Catalogue
 from a3_engine.chunks.tiers.disk import DiskStore
 
 HEAD = "source: handbook/maintenance/2026.pdf\nlanguage: en\n\n"

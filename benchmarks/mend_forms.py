@@ -19,10 +19,10 @@ from a3_engine.evaluation.datasets import read_examples
 from a3_engine.evaluation.run import evaluate
 from a3_engine.evaluation.summary import summarize
 from a3_engine.fusion.cache import Correction, FusedLayer
-from a3_engine.fusion.drift import DriftRepair
-from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import top_candidates
+from a3_engine.fusion.correction import DriftRepair
 from a3_engine.fusion.selectors.mend import Mend
+from a3_engine.fusion.topk import top_candidates
+from a3_engine.layout import Layout
 from a3_engine.method import Method, make_method
 from a3_engine.model.rotary import Rotation, rotate_
 

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from a3_engine import StoreOptions
 from a3_engine.chunks.codecs import CODECS
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.tiers import open_store
 from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.kv import ChunkKV
 
 SHAPE = (30, 3, 512, 64)  # the demo model's: layers, key-value heads, tokens, head dimension
 

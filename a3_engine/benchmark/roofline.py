@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from a3_engine.model.rows import Near
+from a3_engine.model.masks import Near
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.fusion.selectors.mend import SHARED, WINDOW, Mend
-from a3_engine.model.rows import Near
+from a3_engine.model.masks import Near
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512
@@ -160,9 +160,8 @@ TABLED = ("raw", "int8", "int4")
 
 def stored_bytes(shape: Shape, context: int, codec: str) -> float:
     """Bytes that a context's chunks take in a tier."""
-    layout = CODECS[codec].layout(
-        (shape.layers, shape.kv_heads, CHUNK_TOKENS, shape.head_dim), torch.bfloat16
-    )
+    states = (shape.layers, shape.kv_heads, CHUNK_TOKENS, shape.head_dim)
+    layout = CODECS[codec].layout(states, states, torch.bfloat16)
     chunk = sum(prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
     return chunk * context / CHUNK_TOKENS
 

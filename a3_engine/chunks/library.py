@@ -8,29 +8,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
-from transformers import PreTrainedModel
+import torch
 
-from a3_engine.chunks.catalogue import Catalogue
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.encoding import batches, encode_chunks
 from a3_engine.chunks.fingerprint import chunk_key, digest
-from a3_engine.chunks.flights import Flights
+from a3_engine.chunks.keyed_locks import Flights
 from a3_engine.chunks.known import About, Known
-from a3_engine.chunks.kv import ChunkKV, kv_shape
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.resident import Resident
 from a3_engine.chunks.store import ChunkStore
+from a3_engine.chunks.text_index import Catalogue
 from a3_engine.errors import StoreError
-from a3_engine.model.computing import Computing
-from a3_engine.model.rotary import Rotation
+from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
 
 READERS = 8  # chunks of a request that are read and checked at once
 HEAD_TOKENS = 64
+
+Item = TypeVar("Item")
 
 
 class Fetched(NamedTuple):
@@ -42,13 +41,31 @@ class Fetched(NamedTuple):
     seconds: float
 
 
+class Encoder(Protocol):
+    """What computes a missing chunk; see :class:`~a3_engine.fusion.encoding.ChunkEncoder`."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> KVShape: ...
+
+    def batches(self, items: Sequence[Item], lengths: Sequence[int]) -> Iterator[list[Item]]: ...
+
+    def encode(
+        self, chunks: Sequence[Sequence[int]], prefix: ChunkKV | None
+    ) -> tuple[list[ChunkKV], float]: ...
+
+
 class ChunkLibrary:
     """Chunks computed by one model behind one encode prefix and one stand-in.
 
     Parameters
     ----------
-    decoder, rotation
-        What computes a missing chunk.
+    encoder : Encoder
     engine : str
         Fingerprint of model, tokenizer, dtype, codec and rotary parameters.
     codec : str
@@ -57,14 +74,11 @@ class ChunkLibrary:
         What chunks are computed behind; may be empty.
     room : int
         Tokens that the model's positions are good for.
-    computing : Computing
-        Where the model computes.
     """
 
     def __init__(
         self,
-        decoder: PreTrainedModel,
-        rotation: Rotation,
+        encoder: Encoder,
         store: ChunkStore,
         catalogue: Catalogue,
         *,
@@ -73,20 +87,18 @@ class ChunkLibrary:
         prefix_ids: tuple[int, ...],
         stand_in_ids: tuple[int, ...],
         room: int,
-        computing: Computing,
     ) -> None:
         self.store = store
         self.catalogue = catalogue
         self.prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
-        self._decoder, self._rotation = decoder, rotation
-        self._shape, self._dtype = kv_shape(decoder), str(decoder.dtype)
+        self._encoder = encoder
+        self._shape, self._dtype = encoder.shape, encoder.dtype
         self._engine, self.codec = engine, codec
-        self._computing = computing
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = Flights()
-        self._device = decoder.device
+        self._device = encoder.device
         self.resident = Resident.on(self._device)
         # On a CPU the hashes of several chunks at once take longer than the one it is used for.
         self._readers = (
@@ -96,8 +108,7 @@ class ChunkLibrary:
     def of(self, engine: str) -> ChunkLibrary:
         """The same for another fingerprint."""
         return ChunkLibrary(
-            self._decoder,
-            self._rotation,
+            self._encoder,
             self.store,
             self.catalogue.of(engine),
             engine=engine,
@@ -105,7 +116,6 @@ class ChunkLibrary:
             prefix_ids=self.prefix_ids,
             stand_in_ids=self._all_ids[len(self.prefix_ids) :],
             room=self._room,
-            computing=self._computing,
         )
 
     def missing(self, segments: Sequence[Segment]) -> list[Segment]:
@@ -215,7 +225,7 @@ class ChunkLibrary:
 
     def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         lengths = [len(segment.ids) for segment in segments]
-        return batches(segments, lengths, self._decoder.device)
+        return self._encoder.batches(segments, lengths)
 
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
@@ -264,12 +274,7 @@ class ChunkLibrary:
         self, segments: Sequence[Segment], behind: ChunkKV | None
     ) -> tuple[list[Payload], float]:
         """The segments' payloads, and when their computation began."""
-
-        def encode() -> tuple[list[ChunkKV], float]:
-            started, ids = time.perf_counter(), [segment.ids for segment in segments]
-            return encode_chunks(self._decoder, self._rotation, ids, behind), started
-
-        computed, started = self._computing.run(encode)
+        computed, started = self._encoder.encode([segment.ids for segment in segments], behind)
         return [
             Payload.of(kv, self.header(segment), _about(segment))
             for kv, segment in zip(computed, segments, strict=True)

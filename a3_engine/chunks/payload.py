@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from a3_engine.chunks.codecs import CODECS, get_codec
 from a3_engine.chunks.codecs.base import Spec, Tensors
 from a3_engine.chunks.fingerprint import FORMAT_VERSION
-from a3_engine.chunks.kv import ChunkKV, Shape
+from a3_engine.kv import ChunkKV, Shape
 
 MAX_HEADER = 64 * 2**10  # bytes; ours are below 2 KiB
 

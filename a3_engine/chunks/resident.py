@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.kv import ChunkKV
 from a3_engine.processes import Lock
 
 SHARE_OF_FREE = 1 / 4  # of the device's memory beside the model

@@ -16,14 +16,14 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from a3_engine.decoding.active_request import Reply
+from a3_engine.decoding.batching import SharedDecoding
 from a3_engine.decoding.grammar import FollowGrammar
 from a3_engine.decoding.logprobs import RecordLogprobs
-from a3_engine.decoding.reply import Reply
 from a3_engine.decoding.sampling import Sampling
-from a3_engine.decoding.sharing import SharedDecoding
-from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.decoding.text_emitter import TextEmitter
+from a3_engine.devices import input_device
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.model.devices import input_device
 
 
 def decode(

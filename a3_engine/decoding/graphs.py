@@ -16,12 +16,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from a3_engine.chunks.kv import kv_shape
+from a3_engine.devices import input_device, send
 from a3_engine.fusion.addressed import COLUMNS, AddressedCache, Seat
-from a3_engine.fusion.batch import step
-from a3_engine.model.caching import with_cache
-from a3_engine.model.devices import input_device
-from a3_engine.model.rows import send
+from a3_engine.model.batch_cache import step
+from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.native import kernels_on
 from a3_engine.processes import Lock
 

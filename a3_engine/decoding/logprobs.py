@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from a3_engine.report import TokenLogprob
+
 ANCHOR = "a"  # stands before a token, since some tokenizers drop a blank where decoding begins
-
-
-class TokenLogprob(NamedTuple):
-    """One token of an answer.
-
-    Parameters
-    ----------
-    token : str
-        Its text, blanks included.
-    logprob : float
-        Natural logarithm of its probability, by the model's own distribution.
-    top : tuple of (str, float)
-        The likeliest tokens in its place with theirs, as many as were asked for.
-    """
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
 
 
 class RecordLogprobs(LogitsProcessor):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from a3_engine.fusion.batch import BatchCache
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.model.rows import Addressed, Ragged
+from a3_engine.model.batch_cache import BatchCache
+from a3_engine.model.masks import Addressed, Ragged
 from a3_engine.native import kernels_on
 
 COLUMNS = 4  # addresses of keys and values, the step from head to head, tokens there

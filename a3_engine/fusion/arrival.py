@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.fusion.cache import FusedCache
+from a3_engine.kv import ChunkKV
 from a3_engine.model.rotary import Tables
 from a3_engine.native import kernels_on
 

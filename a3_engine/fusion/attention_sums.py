@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
-from a3_engine.fusion.layout import Layout
+from a3_engine.devices import send
+from a3_engine.layout import Layout
 from a3_engine.model.attention import multiply
-from a3_engine.model.rows import Rows, send
+from a3_engine.model.masks import Rows
 
 Pool = Literal["mean", "max"]
 

@@ -8,23 +8,52 @@ writes the fusion pass's rows into their places. From then on it grows like a `D
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from a3_engine.chunks.kv import ChunkKV, KVShape, LayerShape
-from a3_engine.model.rows import Observer, send
-
-if TYPE_CHECKING:
-    from a3_engine.decoding.compression.base import Compressor
-    from a3_engine.fusion.fuse import FusionPass
-    from a3_engine.segments import Segment
+from a3_engine.devices import send
+from a3_engine.kv import ChunkKV, KVShape, LayerShape
+from a3_engine.model.masks import Observer
+from a3_engine.segments import Segment
 
 # Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
 # rows are written; may change in place what is stored, and the rows.
 Correction = Callable[[int, "FusedLayer", torch.Tensor, torch.Tensor, torch.Tensor], None]
 ROOM = 256  # tokens added when a buffer is full; a doubled 4k prompt would waste memory
+
+
+class Steering(Protocol):
+    """What rewrites a decoder layer's input during the first forward over a pending cache.
+
+    ``last_only`` says whether the forward's caller wants the last token's logits alone.
+    """
+
+    last_only: bool
+
+    def before_layer(
+        self,
+        cache: FusedCache,
+        layer: nn.Module,
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that the layer gets instead of these."""
+        ...
+
+    def computed(self) -> torch.Tensor | None:
+        """Sorted positions of the tokens that the forward needs, or None for all of them."""
+        ...
+
+
+class Compressor(Protocol):
+    """What cuts a completed cache after the answer's first token."""
+
+    def compress(self, model: PreTrainedModel, cache: FusedCache, token: int) -> None: ...
 
 
 class FusedLayer(DynamicLayer):
@@ -196,13 +225,13 @@ class FusedCache(Cache):
     ----------
     positions : torch.Tensor or None
         Sorted positions of the prompt's slots; None where every token has one.
-    fusion : FusionPass or None
+    fusion : Steering or None
         What steers the first forward.
     passing : bool
         Whether the forward that goes on now is the first.
     observer : callable or None
         Sees every attention of the tokens behind the prompt; see
-        :class:`~a3_engine.model.rows.Rows`, whose positions are slots here.
+        :class:`~a3_engine.model.masks.Rows`, whose positions are slots here.
     compressor : Compressor or None
         Cuts the cache behind the first token.
     on_device : list of (Segment, ChunkKV)
@@ -214,7 +243,7 @@ class FusedCache(Cache):
     def __init__(self, layers: list[FusedLayer]) -> None:
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.positions: torch.Tensor | None = None
-        self.fusion: FusionPass | None = None
+        self.fusion: Steering | None = None
         self.passing = False
         self.observer: Observer | None = None
         self.compressor: Compressor | None = None
@@ -250,9 +279,7 @@ class FusedCache(Cache):
     def shape(self) -> KVShape:
         """Shapes of its layers."""
         buffers = (layer.buffers for layer in self.layers)
-        return KVShape(
-            tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in buffers)
-        )
+        return KVShape(tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in buffers))
 
     @property
     def prompt_nbytes(self) -> int:

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.model.caching import with_cache
-from a3_engine.model.rows import Rows
+from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.masks import Rows
 
 
 @torch.inference_mode()

@@ -8,10 +8,11 @@ from contextlib import suppress
 import torch
 from transformers import PreTrainedModel
 
+from a3_engine.devices import send
 from a3_engine.fusion.attention_sums import AttentionSums, Pool
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass, run_pass
-from a3_engine.model.rows import Observer, Rows, send
+from a3_engine.fusion.fusion_pass import FusionPass, run_pass
+from a3_engine.model.masks import Observer, Rows
 
 
 class _Seen(Exception):

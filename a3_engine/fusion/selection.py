@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from a3_engine.devices import send
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass, arguments
-from a3_engine.fusion.layout import Layout
+from a3_engine.fusion.fusion_pass import FusionPass, arguments
 from a3_engine.fusion.lookahead import lookahead_queries
 from a3_engine.fusion.scoring import question_alone, question_attention
 from a3_engine.fusion.selectors.base import (
@@ -19,8 +19,9 @@ from a3_engine.fusion.selectors.base import (
     SparseSelector,
 )
 from a3_engine.fusion.sparse import sparse_positions
+from a3_engine.layout import Layout
+from a3_engine.model.masks import Observer
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Observer, send
 
 
 @torch.inference_mode()
@@ -50,7 +51,7 @@ def begin(
     room : int
         Slots for the answer.
     abandoned, observer
-        See :class:`~a3_engine.fusion.fuse.FusionPass`.
+        See :class:`~a3_engine.fusion.fusion_pass.FusionPass`.
 
     Returns
     -------

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass, run_pass
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.fusion_pass import FusionPass, run_pass
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.kv import ChunkKV
+from a3_engine.layout import Layout, Span
+from a3_engine.model.masks import Rows
 from a3_engine.model.rotary import Rotation, rotate_
-from a3_engine.model.rows import Rows
 
 REMEMBERED = 4096  # local queries kept in memory; a few kB each
 

@@ -23,9 +23,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from a3_engine import native
+from a3_engine.devices import send
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.caching import without_cache
-from a3_engine.model.rows import Addressed, Ragged, Rows, Scratch, send
+from a3_engine.model.cache_argument import without_cache
+from a3_engine.model.masks import Addressed, Ragged, Rows, Scratch
 
 PREFIX = "a3_"
 # Arguments of attention functions that say what `Rows` says, or nothing where nobody trains.

@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from a3_engine.devices import best_device, default_dtype
 from a3_engine.errors import ModelLoadError, StoreError, shortened
-from a3_engine.model.devices import best_device, default_dtype
 from a3_engine.model.gguf import (
     DEMO_MODEL,
     LOADING,
@@ -55,7 +55,7 @@ def load_model(
     cache_dir : path
         Where unpacked GGUF models are kept.
     device, dtype
-        Chosen by :mod:`~a3_engine.model.devices` where not given.
+        Chosen by :mod:`~a3_engine.devices` where not given.
     trust_remote_code : bool
         Run code from the model's repository. Off unless asked for.
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.attention import capture
-from a3_engine.model.caching import with_cache
+from a3_engine.model.cache_argument import with_cache
 
 TEXT = """The lighthouse stands on the northern shore, and its lamp burns through the night. Every \
 evening the keeper climbs two hundred steps, fills the oil, trims the wick and writes the weather \

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from a3_engine.devices import send
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.rows import send
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each layer
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.kv import ChunkKV
 from a3_engine.native.build import library
 
 __all__ = ["attend", "attends", "library", "place", "places", "shift", "shifts"]

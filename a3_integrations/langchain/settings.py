@@ -15,10 +15,10 @@ from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.stand_in import SHIPPED
 from a3_engine.decoding.compression import make_compression
-from a3_engine.decoding.logprobs import TokenLogprob
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.report import TokenLogprob
 from a3_engine.shared import is_shared, shared_engine
 from a3_integrations.langchain.documents import chunk_of
 

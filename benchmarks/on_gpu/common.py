@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from a3_engine import A3Engine
-from a3_engine.model.caching import with_cache
+from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt, Segment
 from tests.tiny import tiny_tokenizer
 

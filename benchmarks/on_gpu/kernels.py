@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.drift import Drift, DriftRepair
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.kv import ChunkKV
+from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_ragged, attend_rows
+from a3_engine.model.masks import Ragged, Rows
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Ragged, Rows
 from a3_engine.native import kernels_on
 
 from .common import DEVICE, Bench, on_device

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from a3_engine import A3Engine
 from a3_engine.chunks.store import StoreOptions
-from a3_engine.fusion.fuse import run_pass
-from a3_engine.model.caching import with_cache
+from a3_engine.fusion.fusion_pass import run_pass
+from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt
 
 from .common import (

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
-from a3_engine.fusion import batch
+from a3_engine import gate
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.model import attention, support
+from a3_engine.model import attention, batch_cache
+from a3_engine.model.masks import Rows
 from a3_engine.model.probe import TEXT
-from a3_engine.model.rows import Rows
 from tests.tiny import CONFIGS, SHAPE, WINDOW, tiny_model, tiny_tokenizer
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -69,11 +69,13 @@ def stepped(patch: Patch, change: Callable[..., tuple[Any, Any]]) -> None:
 
 def rotation(patch: Patch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change the frequencies, ``(layers, rotary_dim / 2)``, by which chunks are turned."""
-    ordinary = support.read_rotation
+    ordinary = gate.read_rotation
     patch.setattr(
-        support,
+        gate,
         "read_rotation",
-        lambda decoder: replace(read := ordinary(decoder), inv_freq=change(read.inv_freq.clone())),
+        lambda decoder: replace(
+            read := ordinary(decoder), inv_freq=change(torch.stack(read.inv_freq))
+        ),
     )
 
 
@@ -223,7 +225,7 @@ def values_written_into_other_heads(patch: Patch) -> None:
 
 @breaks("llama")
 def rows_counted_from_one(patch: Patch) -> None:
-    ordinary = support.arguments
+    ordinary = gate.arguments
 
     def changed(*args: Any) -> dict[str, Any]:
         called = ordinary(*args)
@@ -231,7 +233,7 @@ def rows_counted_from_one(patch: Patch) -> None:
             called["position_ids"] = called["position_ids"] + (called["position_ids"] > 10)
         return called
 
-    patch.setattr(support, "arguments", changed)
+    patch.setattr(gate, "arguments", changed)
 
 
 # What a decoding step may get wrong.
@@ -269,18 +271,18 @@ def a_step_that_begins_too_late(patch: Patch) -> None:
 
 @breaks("llama")
 def a_step_at_the_last_position(patch: Patch) -> None:
-    class Late(batch.BatchCache):
+    class Late(batch_cache.BatchCache):
         def __init__(self, caches: Any) -> None:
             super().__init__(caches)
             self.lengths = [length - 1 for length in self.lengths]
 
-    patch.setattr(batch, "BatchCache", Late)
+    patch.setattr(batch_cache, "BatchCache", Late)
 
 
 def verdict(architecture: str, dtype: torch.dtype) -> str | None:
     text = tiny_tokenizer()(TEXT).input_ids
     model = tiny_model(SHARP if architecture == "gemma2-sharp" else architecture, dtype)
-    return support.examine(model, text).reason
+    return gate.examine(model, text).reason
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from a3_engine.chunks.catalogue import ANCHOR, Catalogue
 from a3_engine.chunks.known import Rolling
+from a3_engine.chunks.text_index import ANCHOR, Catalogue
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.prompt import Chunk, Message, PromptPlanner
 from tests.tiny import CHATML, STRICT, tiny_tokenizer

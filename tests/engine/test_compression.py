@@ -11,10 +11,10 @@ from a3_engine.decoding.compression import COMPRESSIONS, make_compression
 from a3_engine.decoding.compression.h2o import H2O
 from a3_engine.decoding.compression.laq import LAQ, LAQPlusPlus
 from a3_engine.decoding.compression.snapkv import SnapKV
-from a3_engine.decoding.compression.streaming import Streaming
+from a3_engine.decoding.compression.streaming_llm import Streaming
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.model.attention import has_window
-from a3_engine.model.caching import with_cache
+from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt
 from tests.engine.test_exactness import build_prompt
 from tests.engine.test_selectors import turned

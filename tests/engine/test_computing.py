@@ -12,7 +12,7 @@ import torch
 
 COUNT_THREADS = """
 import os, time, torch
-from a3_engine.model.computing import Computing
+from a3_engine.model.executor import Computing
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -9,17 +9,16 @@ from collections import Counter
 import pytest
 import torch
 
-import a3_engine.chunks.encoding as encoding_module
-import a3_engine.chunks.library as library_module
+import a3_engine.fusion.encoding as encoding_module
 from a3_engine import Chunk
-from a3_engine.chunks.encoding import (
+from a3_engine.chunks.keyed_locks import Flights
+from a3_engine.fusion.encoding import (
     BATCH_ROWS,
     CPU_BATCH_ROWS,
     LEAST_FILLED,
     batches,
     encode_chunks,
 )
-from a3_engine.chunks.flights import Flights
 from tests.tiny import CONFIGS, VOCABULARY
 
 
@@ -58,13 +57,13 @@ def test_batches_hold_everything_once_and_are_well_filled(device, most):
 
 def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_engine, monkeypatch):
     """None waits for another that waits for it, whatever order they come in."""
-    engine, counts, real = tiny_engine(), Counter(), library_module.encode_chunks
+    engine, counts, real = tiny_engine(), Counter(), encoding_module.encode_chunks
 
     def counting(decoder, rotation, chunks, prefix=None):
         counts.update(tuple(ids) for ids in chunks)
         return real(decoder, rotation, chunks, prefix)
 
-    monkeypatch.setattr(library_module, "encode_chunks", counting)
+    monkeypatch.setattr(encoding_module, "encode_chunks", counting)
     monkeypatch.setattr(encoding_module, "CPU_BATCH_ROWS", 80)  # batches of four
     texts = [f"Lamp {n} burns through night {n * 7}." for n in range(40)]
     errors = []

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import a3_engine.chunks.library as library_module
 from a3_engine import A3Engine
 from a3_engine.fusion.selectors import SELECTORS
-from a3_engine.model.caching import OURS, with_cache
+from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Prompt, Segment
 from tests.tiny import CONFIGS, VOCABULARY
 

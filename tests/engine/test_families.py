@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from a3_engine import A3Engine, native
-from a3_engine.model import support
+from a3_engine import A3Engine, gate, native
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
 from tests.engine.test_exactness import (
@@ -152,7 +151,7 @@ def test_a_family_is_exact(engine):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_let_through_in_bf16(name):
     text = tiny_tokenizer()(TEXT).input_ids
-    assert support.examine(build(name, torch.bfloat16), text).reason is None
+    assert gate.examine(build(name, torch.bfloat16), text).reason is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -160,7 +159,7 @@ def test_a_family_is_let_through_in_bf16(name):
 def test_a_family_may_be_packed(name):
     """None of its code looks at weights that are laid out for a CPU."""
     model, ids = build(name), torch.arange(3, 20)[None]
-    assert model.config.get_text_config().model_type in support.TESTED
+    assert model.config.get_text_config().model_type in gate.TESTED
     expected = model(ids).logits
     pack(model)
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from a3_engine import A3Engine, Precomputed
+from a3_engine import A3Engine, Precomputed, gate
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model import support
-from a3_engine.model.caching import cache_in, without_cache
+from a3_engine.model.cache_argument import cache_in, without_cache
 from tests.tiny import DERIVED, SHAPE, rope, tiny_model
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -216,5 +215,5 @@ def test_the_self_check_refuses_what_it_cannot_fuse_rightly(tiny_engine, sabotag
 @pytest.mark.parametrize("name", ["phi3-longrope", "gemma3", "qwen2-sliding"])
 def test_the_long_probe_of_an_accelerator_is_passed(tiny_engine, monkeypatch, name):
     """Its length goes beyond windows, but not to where longrope changes its frequencies."""
-    monkeypatch.setattr(support, "CPU_LONG", support.LONG)
+    monkeypatch.setattr(gate, "CPU_LONG", gate.LONG)
     assert tiny_engine(name).unsupported_reason is None

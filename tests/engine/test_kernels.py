@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from a3_engine import A3Engine
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.decoding import graphs
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.drift import Drift, DriftRepair
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.kv import ChunkKV
+from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation, rotate_
 from tests.engine.test_exactness import build_prompt
 from tests.tiny import tiny_model, tiny_tokenizer

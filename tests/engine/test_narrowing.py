@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from a3_engine import A3Engine
-from a3_engine.fusion.layout import Layout, Span
-from a3_engine.fusion.narrowing import Narrowing
+from a3_engine.fusion.layer_pruning import Narrowing
 from a3_engine.fusion.selectors.mend import Mend
-from a3_engine.model.caching import with_cache
-from a3_engine.model.rows import Rows
+from a3_engine.layout import Layout, Span
+from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.masks import Rows
 from tests.engine.test_exactness import build_prompt
 from tests.tiny import CONFIGS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
+from a3_engine.kv import ChunkKV
 from a3_engine.model.rotary import rotate_
 from a3_engine.native import build
 from a3_engine.native import loops as native

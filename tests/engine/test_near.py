@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors.mend import LEAST_SHARE, Mend
+from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_rows
-from a3_engine.model.rows import Near, Rows
+from a3_engine.model.masks import Near, Rows
 from tests.engine.test_exactness import build_prompt
 from tests.engine.test_narrowing import run
 from tests.tiny import CONFIGS

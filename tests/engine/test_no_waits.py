@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from a3_engine import native
-from a3_engine.chunks.kv import ChunkKV, kv_shape
-from a3_engine.fusion import arrival, drift
-from a3_engine.fusion.fuse import install_hooks, run_pass
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion import arrival, correction
+from a3_engine.fusion.fusion_pass import install_hooks, run_pass
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors import SELECTORS
+from a3_engine.kv import ChunkKV
+from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import install
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import read_rotation
 from tests.tiny import tiny_model
 
@@ -61,7 +62,7 @@ class Shapes:
 
 @pytest.fixture
 def shapes(monkeypatch):
-    for module in (native, arrival, drift):
+    for module in (native, arrival, correction):
         monkeypatch.setattr(module, "kernels_on", lambda device: Shapes)
 
 
@@ -91,11 +92,11 @@ def request(model, selector):
                         states[name] = torch.empty(one.shape, dtype=one.dtype, device=GPU)
         cache = allocate(model, TOKENS, TOKENS + 8)
         chunks = [
-            (start, ChunkKV(*torch.empty(2, *kv_shape(decoder, 36), device=GPU)))
+            (start, ChunkKV(*torch.empty(2, *kv_shape(decoder).of_chunk(36)[0], device=GPU)))
             for start in positions
         ]
         # Cosines and sines are made once for all shorter prompts.
-        table = torch.empty(128, rotation.inv_freq.shape[1], device=GPU)
+        table = torch.empty(128, len(rotation.inv_freq[0]), device=GPU)
         rotation._last[:] = [[(table, table)] * len(cache.layers)]
         load_chunks(cache, rotation, chunks)
         cache = begin(

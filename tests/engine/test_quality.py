@@ -6,8 +6,8 @@ import pytest
 import torch
 from langchain_core.messages import HumanMessage
 
-from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors import DEFAULT, QUALITIES, SELECTORS, make_selector
+from a3_engine.layout import Layout, Span
 from a3_integrations.langchain import ChatA3
 from a3_integrations.llama_index import A3LLM
 

@@ -10,13 +10,13 @@ import torch
 
 from a3_engine import A3Engine
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.drift import Drift, DriftRepair
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.correction import Drift, DriftRepair
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.base import States
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
-from a3_engine.model.caching import with_cache
+from a3_engine.layout import Layout, Span
+from a3_engine.model.cache_argument import with_cache
 from a3_engine.model.rotary import Rotation
 from tests.engine.test_exactness import build_prompt, independent_full_reuse
 from tests.tiny import CONFIGS, tiny_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import a3_engine.chunks.library as library_module
+import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, Chunk, Message, Precomputed
 from tests.tiny import CHATML, STRICT, tiny_model, tiny_tokenizer
 
@@ -24,14 +24,14 @@ ASK = "Who keeps the lamp?"
 def encoded(monkeypatch) -> Counter:
     """Counts how often each token sequence is computed alone, by the real function."""
     counts: Counter = Counter()
-    real = library_module.encode_chunks
+    real = encoding_module.encode_chunks
 
     def counting(decoder, rotation, chunks, prefix=None):
         counts.update(tuple(ids) for ids in chunks)
         time.sleep(0.05)  # long enough for others to arrive
         return real(decoder, rotation, chunks, prefix)
 
-    monkeypatch.setattr(library_module, "encode_chunks", counting)
+    monkeypatch.setattr(encoding_module, "encode_chunks", counting)
     return counts
 
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.model.attention import has_window
-from a3_engine.model.caching import with_cache
-from a3_engine.model.rows import Near
+from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.masks import Near
 from tests.tiny import CONFIGS, WINDOW, tiny_model
 
 FP32 = 4  # bytes

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from a3_engine.decoding import graphs
-from a3_engine.fusion.batch import step
-from a3_engine.model.caching import with_cache
+from a3_engine.model.batch_cache import step
+from a3_engine.model.cache_argument import with_cache
 from tests.tiny import CONFIGS, VOCABULARY
 
 LAMP = "The lamp of the lighthouse burns through the night."

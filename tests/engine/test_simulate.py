@@ -22,8 +22,8 @@ from a3_engine.benchmark.simulate import (
     tables,
 )
 from a3_engine.chunks.codecs import CODECS
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.cli import main
+from a3_engine.kv import ChunkKV
 
 LLAMA, A100 = MODELS["Llama-3.1-8B"], MACHINES[0]
 IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 1.0, layer_s=0.0, repair_passes=0.0)

@@ -14,7 +14,7 @@ from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.a3 import A3Lookahead
 from a3_engine.fusion.selectors.samkv import SamKV
 from a3_engine.model.attention import has_window
-from a3_engine.model.caching import OURS, with_cache
+from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Prompt
 from tests.engine.test_exactness import build_prompt, independent_full_reuse
 from tests.engine.test_selectors import PARAGRAPHS, QUESTION, turned

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import a3_engine.chunks.library as library_module
+import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, Chunk, Message, Precomputed
 from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.stand_in import PASSAGES
-from a3_engine.model.caching import OURS, with_cache
+from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Segment
 from tests.engine.test_exactness import (
     SHAPES,
@@ -180,13 +181,13 @@ def test_a_chunk_too_long_for_both_is_computed_without(tiny_engine, architecture
 def test_the_stand_in_is_computed_once_for_all(tiny_engine, monkeypatch):
     texts = [f"{text} " * 10 for text in TEXTS]  # longer than their heads
     computed: Counter[tuple[int, ...]] = Counter()
-    real = library_module.encode_chunks
+    real = encoding_module.encode_chunks
 
     def counting(decoder, rotation, chunks, prefix):
         computed.update(map(tuple, chunks))
         return real(decoder, rotation, chunks, prefix)
 
-    monkeypatch.setattr(library_module, "encode_chunks", counting)
+    monkeypatch.setattr(encoding_module, "encode_chunks", counting)
     engine = tiny_engine(stand_in=STAND_IN)
     planner = engine.runtime.planner
     for text in texts:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.decoding.text_emitter import TextEmitter
 from tests.tiny import tiny_tokenizer
 
 TEXTS = {

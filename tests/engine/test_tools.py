@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.decoding.text_emitter import TextEmitter
 from a3_engine.messages import Chunk, Message, ToolCall
 from a3_engine.prompt import PromptPlanner
 from a3_engine.tools import MARKS, CallReader, call_grammar, json_grammar

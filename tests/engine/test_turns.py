@@ -10,12 +10,12 @@ import torch
 from transformers import DynamicCache
 
 from a3_engine import A3Engine, Chunk, Message
-from a3_engine.answering import assemble
+from a3_engine.fusion.prefix_cache import Turns
 from a3_engine.fusion.selectors import SELECTORS, make_selector
-from a3_engine.fusion.turns import Turns
 from a3_engine.method import Method
-from a3_engine.model.caching import with_cache
+from a3_engine.model.cache_argument import with_cache
 from a3_engine.report import FusionReport
+from a3_engine.request import assemble
 from a3_engine.segments import Prompt, Segment
 from tests.tiny import CONFIGS
 

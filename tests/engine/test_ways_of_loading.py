@@ -19,11 +19,10 @@ from transformers import (
     T5Config,
 )
 
-from a3_engine import A3Engine
+from a3_engine import A3Engine, devices
 from a3_engine.chunks import fingerprint
 from a3_engine.chunks.fingerprint import model_fingerprint
 from a3_engine.errors import ModelLoadError
-from a3_engine.model import devices
 from a3_engine.model.loading import load_model
 from tests.tiny import SHAPE, rope, tiny_model, tiny_tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.kv import ChunkKV
 
 
 def chunk(seed: int, n_tokens: int = 5, dtype: torch.dtype = torch.float32) -> ChunkKV:

@@ -13,7 +13,7 @@ import pytest
 
 from a3_engine import A3Engine
 from a3_engine.chunks.archive import import_chunks
-from a3_engine.chunks.catalogue import Catalogue
+from a3_engine.chunks.text_index import Catalogue
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli import main
 from tests.store.stored import header, holds, payload, payloads

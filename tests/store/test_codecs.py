@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from a3_engine import A3Engine
 from a3_engine.chunks.codecs import CODECS, get_codec
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.payload import Header, Payload, join, open_bytes
+from a3_engine.kv import ChunkKV
 from tests.tiny import tiny_model, tiny_tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -415,8 +415,11 @@ CONFIGURATIONS: dict[str, dict[str, tuple[str, Values]]] = {
             {**DERIVED, "rope_parameters": HALF, "vision_config": PICTURES}
             | {
                 "audio_config": {
-                    **{"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1},
-                    **{"num_attention_heads": 2, "nemo_conv_channels": 16},
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_blocks": 1,
+                    "num_attention_heads": 2,
+                    "nemo_conv_channels": 16,
                     "ext_pw_out_channel": 32,
                 }
             },

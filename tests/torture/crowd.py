@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import a3_engine.chunks.library as library_module
+import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.segments import Segment
@@ -88,7 +88,7 @@ def _threads(engine: A3Engine, seconds: float) -> Counter[str]:
     references = [type(kv)(kv.keys.clone(), kv.values.clone()) for kv in references]
     counts, counting = Counter[str](), threading.Lock()
     computing: set[tuple[int, ...]] = set()
-    encode, failures = library_module.encode_chunks, []
+    encode, failures = encoding_module.encode_chunks, []
 
     def counted(decoder, rotation, chunks: Sequence[Sequence[int]], prefix=None):
         mine = {tuple(ids) for ids in chunks}
@@ -118,7 +118,7 @@ def _threads(engine: A3Engine, seconds: float) -> Counter[str]:
         except BaseException as error:
             failures.append(error)
 
-    library_module.encode_chunks = counted
+    encoding_module.encode_chunks = counted
     try:
         workers = [threading.Thread(target=work, args=(n,)) for n in range(THREADS)]
         for worker in workers:
@@ -127,7 +127,7 @@ def _threads(engine: A3Engine, seconds: float) -> Counter[str]:
             worker.join(seconds + 120)
             assert not worker.is_alive(), "a deadlock"
     finally:
-        library_module.encode_chunks = encode
+        encoding_module.encode_chunks = encode
     if failures:
         raise failures[0]
     return counts

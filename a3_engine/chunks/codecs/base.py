@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from a3_engine.chunks.kv import ChunkKV, Shape
+from a3_engine.kv import ChunkKV, Shape
 
 Tensors = dict[str, torch.Tensor]
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from a3_engine.chunks.codecs.base import Spec, Tensors
-from a3_engine.chunks.kv import ChunkKV, Shape
+from a3_engine.kv import ChunkKV, Shape
 
 GROUP = 32
 STEPS = 15

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from a3_engine.chunks.codecs.base import Spec, Tensors
-from a3_engine.chunks.kv import ChunkKV, Shape
+from a3_engine.kv import ChunkKV, Shape
 
 
 class Raw:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from a3_engine.chunks.codecs.base import Spec, Tensors
-from a3_engine.chunks.kv import ChunkKV, Shape
+from a3_engine.kv import ChunkKV, Shape
 
 TOKENS, CHANNELS = 2, 3  # axes of (layers, kv_heads, tokens, head_dim)
 AXES = {"keys": TOKENS, "values": CHANNELS}  # what one scale is shared along

@@ -16,13 +16,22 @@ from pathlib import Path
 from a3_engine.chunks.patience import waiting
 from a3_engine.processes import Lock
 
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+# The last three come of tables in another form: queries that are right do not meet them.
+DAMAGED = (
+    *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB),
+    *(sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH),
+)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether sqlite says that the file itself is broken, not that it cannot be had now."""
+    """Whether sqlite says that the file itself is at fault, not that it cannot be had now."""
     # The extended code's lowest byte is the code that it extends.
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in DAMAGED
+
+
+def as_text(content: bytes) -> str:
+    """A text of the index; where it is none, with U+FFFD in place of what cannot be read."""
+    return content.decode(errors="replace")
 
 
 class Database:
@@ -40,7 +49,7 @@ class Database:
 
     def __init__(self, path: Path, timeout: float, *, readonly: bool = False) -> None:
         self.readonly = readonly
-        self._path, self._timeout = path, timeout
+        self.path, self._timeout = path, timeout
         self._local = threading.local()
         self._opened: list[tuple[threading.Thread, sqlite3.Connection]] = []
         self._opening = Lock()
@@ -53,7 +62,7 @@ class Database:
         try:
             if self.readonly:
                 return self._state() != self._as_read
-            return self._path.stat().st_ino != self._inode
+            return self.path.stat().st_ino != self._inode
         except OSError:
             return True
 
@@ -82,6 +91,7 @@ class Database:
         found: sqlite3.Connection | None = getattr(self._local, "db", None)
         if found is None:
             found = self._local.db = self._connect()
+            found.text_factory = as_text
             with self._opening:
                 # A connection is part of a circle, so that it does not close with its thread.
                 gone = [(t, db) for t, db in self._opened if not t.is_alive()]
@@ -104,16 +114,16 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         if not self.readonly:
             db = sqlite3.connect(
-                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+                self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False
             )
             # What is deleted is overwritten: heads of texts, and tags.
             db.execute("PRAGMA secure_delete = ON")
             return db
         # Without a log nobody has it open for writing, and sqlite need not make files beside it.
-        log = self._path.with_name(self._path.name + "-wal")
+        log = self.path.with_name(self.path.name + "-wal")
         mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
         return sqlite3.connect(
-            f"{self._path.absolute().as_uri()}?{mode}",
+            f"{self.path.absolute().as_uri()}?{mode}",
             uri=True,
             timeout=self._timeout,
             isolation_level=None,
@@ -121,8 +131,8 @@ class Database:
         )
 
     def _state(self) -> tuple[object, ...]:
-        found = self._path.stat()
-        log = self._path.with_name(self._path.name + "-wal")
+        found = self.path.stat()
+        log = self.path.with_name(self.path.name + "-wal")
         return found.st_ino, found.st_size, found.st_mtime_ns, log.exists()
 
 

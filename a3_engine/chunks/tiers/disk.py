@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,11 +39,13 @@ from a3_engine.chunks.tiers.filesystem import (
     file_system,
     make_private,
     refuse_network_share,
+    remove,
     set_aside,
+    set_aside_name,
     shares_memory,
 )
-from a3_engine.chunks.tiers.index import Entry, Index, Note, Row
-from a3_engine.chunks.tiers.opened import Identity
+from a3_engine.chunks.tiers.index import Entry, Index, Note, Row, remove_old_catalogue
+from a3_engine.chunks.tiers.mapped_files import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
 from a3_engine.processes import Lock
@@ -93,6 +96,7 @@ class DiskStore:
         self.directory = Path(directory).expanduser().absolute()
         self.readonly = readonly
         self._secret, self._lock_timeout = secret, lock_timeout
+        self._forbidden = False  # to write, by the folder's mode
         self._opening = Lock()
         # The files whose checksum this process has compared.
         self._hashed: OrderedDict[Identity, None] = OrderedDict()
@@ -205,6 +209,7 @@ class DiskStore:
             untagged = set(also) - self._index.tagged(also)
             gone = self._index.remove_keys(self._index.take_tag(tag) | untagged)
             self._index.wipe()
+            remove(set_aside_name(self._database.path))  # which may hold its words and tags
         return gone
 
     def discard(self, keys: Iterable[str]) -> None:
@@ -261,12 +266,13 @@ class DiskStore:
                 self.directory.mkdir(parents=True, mode=0o700, exist_ok=True)
             if any(path.is_symlink() for path in self.directory.glob("cache.db*")):
                 raise OSError("its index is a symbolic link")
+            asked = self.readonly and not self._forbidden
             if not self.readonly and not os.access(self.directory, os.W_OK):
                 logger.warning(
                     "The chunk store at %s is read only: what it has is used, nothing new is kept.",
                     self.directory,
                 )
-                self.readonly = True
+                self.readonly = self._forbidden = True
             if not shares_memory(self.directory):
                 logger.warning(
                     "%s is on a file system (%s) that may be a network's: the index goes without "
@@ -277,9 +283,7 @@ class DiskStore:
             self._disk = SafeDisk(str(self.directory), min_file_size=0)
             self._lock = TurnLock(self.directory / "writers.lock", TURN_TIMEOUT)
             if self.readonly:
-                self._connect()
-                if not self._index.complete():
-                    raise OSError("it is of an older version; open it once to write")
+                self._open_to_read(asked)
             else:
                 make_private(self.directory, 0o700)
                 self._open_to_write()
@@ -290,51 +294,70 @@ class DiskStore:
             ) from error
         self._openings = getattr(self, "_openings", 0) + 1
 
+    def _open_to_read(self, asked: bool) -> None:
+        """Whoever asks for this wants to see what there is; others are served all the same."""
+        path = self.directory / "cache.db"
+        if self._is_sound(path):
+            return
+        if asked:
+            raise OSError("its index is damaged, or another version's; open it once to write")
+        self._own = tempfile.TemporaryDirectory(prefix="a3-index-")
+        logger.warning(
+            "The index at %s is damaged, or another version's. Nothing can be written there: this "
+            "process goes by one of its own, made from the chunks.",
+            path,
+        )
+        self._make_index(Path(self._own.name) / path.name)
+
     def _open_to_write(self) -> None:
         path = self.directory / "cache.db"
-        try:
-            sound = path.exists()
-            if sound:
-                self._connect()
-                # Also what is read below can be read.
-                sound = self._index.complete() and self._index.file_names() is not None
-        except sqlite3.Error as error:
-            if not is_damage(error) and path.is_file():
-                raise
-            sound = False
-        if not sound:
+        if not self._is_sound(path):
             with self._changing():
                 self._make_index(path)
         for made in (*self.directory.glob("cache.db*"), self.directory / "writers.lock"):
             with contextlib.suppress(FileNotFoundError):
                 make_private(made, 0o600)
         self._sweep_files(fix=True)
+        remove_old_catalogue(self.directory.parent)
 
-    def _connect(self) -> None:
-        path = self.directory / "cache.db"
-        self._database = Database(path, self._lock_timeout, readonly=self.readonly)
-        if not self.readonly and not shares_memory(self.directory):
+    def _is_sound(self, path: Path) -> bool:
+        """Whether there is an index of this version's form that can be read; connects to it."""
+        if not path.exists():
+            return False
+        try:
+            self._connect(path)
+            return self._index.sound() and self._index.file_names() is not None
+        except sqlite3.Error as error:
+            if not is_damage(error) and path.is_file():
+                raise
+            return False
+
+    def _connect(self, path: Path) -> None:
+        readonly = self.readonly and path.parent == self.directory
+        self._database = Database(path, self._lock_timeout, readonly=readonly)
+        if not readonly and not shares_memory(path.parent):
             # No log, which needs shared memory; readers wait for writers then.
             self._database.connection.execute("PRAGMA journal_mode = DELETE")
         self._index = Index(self._database, self._disk)
 
     def _make_index(self, path: Path) -> None:
         """An index of what the files say of themselves; a damaged one is kept under its name."""
+        tags: list[tuple[str, str]] = []
         if path.exists():
             why = self._damage_of_index(path)
-            if why is None and self._index.complete():
+            if why is None:
                 return  # another process has made it
-            if why is not None:
-                logger.warning(
-                    "The index at %s is damaged (%s). It is kept as %s, and made anew from the "
-                    "chunks.",
-                    path,
-                    why,
-                    set_aside(path).name,
-                )
+            with contextlib.suppress(sqlite3.Error):
+                tags = self._index.tags()  # those of later documents are nowhere else
+            logger.warning(
+                "The index at %s is damaged (%s). It is kept as %s, and made anew from the chunks.",
+                path,
+                why,
+                set_aside(path).name,
+            )
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         diskcache.Cache(
-            str(self.directory),
+            str(path.parent),
             timeout=self._lock_timeout,
             disk=SafeDisk,
             eviction_policy="none",  # diskcache would write on every read; see `Index.touch`
@@ -344,17 +367,20 @@ class DiskStore:
             disk_min_file_size=0,
             sqlite_synchronous=2,
             sqlite_mmap_size=0,
-            sqlite_journal_mode="wal" if shares_memory(self.directory) else "delete",
+            sqlite_journal_mode="wal" if shares_memory(path.parent) else "delete",
         ).close()
-        self._connect()
+        self._connect(path)
         self._index.make_tables()
-        if self._index.count() == 0:
-            self._index.insert(self._found_again())
+        self._index.insert(self._found_again())
+        self._index.note(Note("", key, About(None, tag)) for key, tag in tags)
+        self._index.seal()
 
     def _damage_of_index(self, path: Path) -> str | None:
         try:
-            self._connect()
-            return next(iter(self._index.problems()), None)
+            self._connect(path)
+            if problem := next(iter(self._index.problems()), None):
+                return problem
+            return None if self._index.sound() else "its tables have another form"
         except sqlite3.Error as error:
             if is_damage(error) or not path.is_file():
                 return str(error)
@@ -363,15 +389,16 @@ class DiskStore:
     def _make_anew(self, why: str) -> None:
         """After sqlite has found the index damaged while it was in use."""
         logger.warning("The index of the chunk store at %s: %s.", self.directory, why)
-        if self.readonly:
-            return
         with self._opening:
             self._disk.opened.clear()
             self._hashed.clear()
             try:
-                with self._changing():
-                    self._make_index(self.directory / "cache.db")
-            except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+                if self.readonly:
+                    self._open()
+                else:
+                    with self._changing():
+                        self._make_index(self.directory / "cache.db")
+            except (OSError, sqlite3.Error, diskcache.Timeout, StoreError) as error:
                 logger.warning("It cannot be made anew: %s.", error)
             self._openings += 1
 

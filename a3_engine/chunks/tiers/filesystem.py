@@ -93,15 +93,27 @@ def make_private(path: Path, mode: int) -> None:
         give_to_owner(path.parent, path)
 
 
+def set_aside_name(path: Path) -> Path:
+    """What a damaged file is kept as."""
+    return path.with_name(path.name + ".damaged")
+
+
 def set_aside(path: Path) -> Path:
     """Keep a damaged index under another name, in place of one that was kept before."""
-    kept = path.with_name(path.name + ".damaged")
-    if kept.is_dir() and not kept.is_symlink():
-        shutil.rmtree(kept)
+    kept = set_aside_name(path)
+    remove(kept)
     path.replace(kept)
     for end in ("-wal", "-shm"):
-        path.with_name(path.name + end).unlink(missing_ok=True)
+        remove(path.with_name(path.name + end))
     return kept
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it; none is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class TurnLock:

@@ -1,9 +1,12 @@
-"""diskcache's table, read and written by what diskcache itself does not offer; and two beside it.
+"""diskcache's table, read and written by what diskcache itself does not offer; and some beside it.
 
 ``Tags`` holds all tags of a chunk, ``Texts`` how its texts are found again. Both outlive the chunk
 where it goes for want of room: it comes back when a prompt holds it. Reads never wait for a writer:
 they take no lock, and marking what was used gives up soon. The order of use follows the clock, but
 never goes back when the clock does.
+
+The file bears a seal of its own form. An index of another form, made by another version or altered
+by somebody, is as good as a damaged one, and rows that we cannot have written are not seen.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from diskcache.core import MODE_BINARY
@@ -22,7 +27,9 @@ from a3_engine.chunks.tiers.safe_disk import SafeDisk
 
 # A row that `put` can have written; the rest is not looked at, and `sweep_rows` removes it.
 OURS = f"raw = 1 AND typeof(key) = 'text' AND mode = {MODE_BINARY} AND value IS NULL"
+TIMES, LATEST = ("store_time", "access_time"), 1e11  # seconds; about the year 5000
 LATER = "max(:now, (SELECT coalesce(max(access_time), 0) + 1e-6 FROM Cache))"
+MOST_ID = 2**60
 MARK_S = 0.05  # at the end of a request, which does not wait longer for this
 SCHEMA = """
 CREATE INDEX IF NOT EXISTS Cache_access_time ON Cache (access_time);
@@ -40,7 +47,14 @@ CREATE TABLE IF NOT EXISTS Removals (id INTEGER PRIMARY KEY AUTOINCREMENT, store
 INSERT INTO Removals (store) SELECT lower(hex(randomblob(16)))
     WHERE NOT EXISTS (SELECT 1 FROM Removals);
 """
-TABLES = {"Cache", "Settings", "Tags", "Texts", "Evictions", "Removals"}
+# What the triggers count is what there is, and no number has come to its end.
+COUNTED = f"""
+SELECT (SELECT value FROM Settings WHERE key = 'size') = (SELECT coalesce(sum(size), 0) FROM Cache)
+    AND (SELECT count(*) FROM Removals) = 1
+    AND NOT EXISTS (SELECT 1 FROM Removals WHERE id >= {MOST_ID} OR store IS NULL)
+    AND NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE coalesce(seq, {MOST_ID}) >= {MOST_ID})
+"""
+OURS_TAGGED = "typeof(key) = 'text' AND typeof(tag) = 'text'"
 
 
 class Row(NamedTuple):
@@ -81,19 +95,35 @@ class Index:
     def _db(self) -> sqlite3.Connection:
         return self._database.connection
 
-    def complete(self) -> bool:
-        """Whether all tables are there."""
-        query = "SELECT name FROM sqlite_master WHERE type = 'table'"
-        return {name for (name,) in self._db.execute(query)} >= TABLES
+    def sound(self) -> bool:
+        """Whether it has the form in which this version makes it, and numbers that can be."""
+        (sealed,) = self._db.execute("PRAGMA user_version").fetchone()
+        if sealed != self._form():
+            return False
+        (counted,) = self._db.execute(COUNTED).fetchone()
+        return bool(counted)
+
+    def _form(self) -> int:
+        """A digest of all that is defined in the file, and of what this version defines."""
+        query = (
+            "SELECT type, name, tbl_name, sql FROM sqlite_master "
+            "WHERE name NOT LIKE 'sqlite_stat%' ORDER BY type, name"
+        )
+        defined = self._db.execute(query).fetchall()
+        return zlib.crc32(f"{SCHEMA} {defined}".encode()) >> 1  # a signed number of 32 bits
 
     def make_tables(self) -> None:
-        """The tables beside diskcache's own; the tags of an older store become several."""
+        """The tables beside diskcache's own."""
         self._db.executescript(SCHEMA)
-        with self._database.writing() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO Tags SELECT key, tag FROM Cache "
-                f"WHERE {OURS} AND typeof(tag) = 'text'"
-            )
+
+    def seal(self) -> None:
+        """From now on it counts as an index; one that was left half made does not."""
+        self._db.execute(f"PRAGMA user_version = {self._form()}")
+
+    def tags(self) -> list[tuple[str, str]]:
+        """Every key with a tag that it has."""
+        query = f"SELECT key, tag FROM Tags WHERE {OURS_TAGGED} ORDER BY tag"
+        return [(key, tag) for key, tag in self._db.execute(query)]
 
     # Entries
 
@@ -109,13 +139,17 @@ class Index:
 
     def rows(self) -> Iterator[Row]:
         """All entries, the least recently used first."""
-        query = f"SELECT key, filename, size, store_time, access_time FROM Cache WHERE {OURS}"
+        times = (f"min(max(CAST({name} AS REAL), 0), {LATEST})" for name in TIMES)
+        query = (
+            f"SELECT key, filename, max(CAST(size AS INTEGER), 0), {', '.join(times)} "
+            f"FROM Cache WHERE {OURS}"
+        )
         tags: dict[str, tuple[str, ...]] = {}
-        for key, tag in self._db.execute("SELECT key, tag FROM Tags ORDER BY tag"):
+        for key, tag in self.tags():
             tags[key] = (*tags.get(key, ()), tag)
         for row in self._db.execute(f"{query} ORDER BY access_time").fetchall():
             key, filename, nbytes, stored, used = row
-            yield Row(key, filename, nbytes, stored, used, tags.get(key, ()))
+            yield Row(key, filename, nbytes or 0, stored or 0.0, used or 0.0, tags.get(key, ()))
 
     def insert(self, entries: Iterable[Entry]) -> None:
         """Rows for files that are there, in place of their keys' earlier ones; the last used."""
@@ -215,8 +249,7 @@ class Index:
 
     def state(self) -> str:
         """Another one for every store, and whenever something was removed."""
-        (state,) = self._db.execute("SELECT store || ' ' || id FROM Removals").fetchone()
-        return str(state)
+        return str(self._db.execute("SELECT store, id FROM Removals").fetchall())
 
     def problems(self) -> list[str]:
         """What sqlite itself finds wrong."""
@@ -268,15 +301,17 @@ class Index:
             "WHERE id > ? AND id <= ? AND +engine = ?",
             (after, last, engine),
         )
-        return last, [Known(*row) for row in rows]
+        return last, [known for row in rows if (known := Known.read(row)) is not None]
 
     def text_rows(self, tag: str | None = None) -> list[list[Any]]:
         """Every engine's ``[engine, key, [sha256, chars, head, rolling]]``; of one tag if given."""
         query = (
             "SELECT engine, key, sha256, chars, head, rolling FROM Texts "
-            "WHERE ?1 IS NULL OR key IN (SELECT key FROM Tags WHERE tag = ?1)"
+            "WHERE typeof(engine) = 'text' AND typeof(key) = 'text' "
+            "AND (?1 IS NULL OR key IN (SELECT key FROM Tags WHERE tag = ?1))"
         )
-        return [[row[0], row[1], list(row[2:])] for row in self._db.execute(query, (tag,))]
+        rows = self._db.execute(query, (tag,))
+        return [[row[0], row[1], list(row[2:])] for row in rows if Known.read(row[2:]) is not None]
 
     def _noted(self, note: Note) -> bool:
         tagged = "SELECT 1 FROM Tags WHERE key = ? AND tag = ?"
@@ -316,3 +351,17 @@ class Index:
             if isinstance(key, str):
                 keys.add(key)
         return keys
+
+
+def remove_old_catalogue(folder: Path) -> None:
+    """The file in which earlier versions kept texts and tags, readable to all."""
+    path = folder / "texts.sqlite3"
+    if path.is_symlink() or not path.is_file():
+        return
+    with contextlib.suppress(sqlite3.Error, OSError):
+        # Its owner may have a file of that name, which is another.
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            found = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'chunk_texts'").fetchone()
+        if found is not None:
+            for end in ("", "-wal", "-shm"):
+                path.with_name(path.name + end).unlink(missing_ok=True)

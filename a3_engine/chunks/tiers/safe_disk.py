@@ -18,7 +18,7 @@ import diskcache
 from diskcache.core import MODE_BINARY
 
 from a3_engine.chunks.tiers.filesystem import give_to_owner
-from a3_engine.chunks.tiers.opened import Opened
+from a3_engine.chunks.tiers.mapped_files import Opened
 
 ATTEMPTS = 10
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{28}\.val")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from a3_engine.chunks.flights import Flights
+from a3_engine.chunks.keyed_locks import Flights
 from a3_engine.chunks.known import About
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore, StoreStats

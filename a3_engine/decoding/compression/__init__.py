@@ -9,7 +9,7 @@ from a3_engine.decoding.compression.base import Compression
 from a3_engine.decoding.compression.h2o import H2O
 from a3_engine.decoding.compression.laq import LAQ, LAQPlusPlus
 from a3_engine.decoding.compression.snapkv import SnapKV
-from a3_engine.decoding.compression.streaming import Streaming
+from a3_engine.decoding.compression.streaming_llm import Streaming
 
 COMPRESSIONS: dict[str, type[Compression]] = {
     method.name: method for method in (H2O, LAQ, LAQPlusPlus, SnapKV, Streaming)

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.model.rows import Rows
+from a3_engine.model.masks import Rows
 
 BLOCK_ROWS = 128  # attention weights are fp32: 128 rows over 8k tokens and 32 heads take 134 MB
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from a3_engine.decoding.compression.base import BLOCK_ROWS, Compression, attention_weights
-from a3_engine.model.rows import Rows
+from a3_engine.model.masks import Rows
 
 
 @dataclass(frozen=True)

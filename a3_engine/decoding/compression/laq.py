@@ -12,7 +12,7 @@ from a3_engine.decoding.compression.base import Compressor, best, full_attention
 from a3_engine.decoding.compression.snapkv import SnapKV
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.lookahead import lookahead_queries
-from a3_engine.model.rows import Rows
+from a3_engine.model.masks import Rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from a3_engine.decoding.compression.base import Compression, attention_weights
-from a3_engine.model.rows import Rows
+from a3_engine.model.masks import Rows
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 
 from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.cache import Correction
-from a3_engine.fusion.drift import Drift, DriftRepair
-from a3_engine.fusion.layout import Layout
+from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.layout import Layout
+from a3_engine.model.masks import Near
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import Near, send
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class QuestionSelector(Selector):
     def stages(self, n_layers: int) -> dict[int, float]:
         """Layers from which on only a share of the picked tokens is computed, with that share.
 
-        In ascending order from 1 on, the shares falling; see :mod:`a3_engine.fusion.narrowing`.
+        In ascending order from 1 on, the shares falling; see :mod:`a3_engine.fusion.layer_pruning`.
         """
         return {}
 
@@ -204,18 +204,3 @@ class SparseSelector(Selector):
         keys : torch.Tensor
             The loaded keys, ``(layers, kv_heads, tokens, head_dim)``, rotated into place.
         """
-
-
-def top_candidates(scores: torch.Tensor, candidates: torch.Tensor, k: int) -> torch.Tensor:
-    """The ``k`` candidate positions with the highest scores.
-
-    Parameters
-    ----------
-    scores : torch.Tensor
-        One score a position of the prompt, shape ``(tokens,)``.
-    candidates : torch.Tensor
-        Positions that may be picked.
-    """
-    candidates = send(candidates, scores.device)
-    best = torch.topk(scores[candidates], min(k, len(candidates))).indices
-    return candidates[best]

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.layout import Layout
 from a3_engine.fusion.selectors.base import BoundarySelector
+from a3_engine.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import torch
 
+from a3_engine.devices import send
 from a3_engine.fusion.attention_sums import Pool
-from a3_engine.fusion.drift import DriftRepair
-from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import QuestionSelector, top_candidates
-from a3_engine.model.rows import Near, send
+from a3_engine.fusion.correction import DriftRepair
+from a3_engine.fusion.selectors.base import QuestionSelector
+from a3_engine.fusion.topk import top_candidates
+from a3_engine.layout import Layout
+from a3_engine.model.masks import Near
 
 # Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
@@ -38,13 +40,13 @@ class Mend(QuestionSelector):
         large part, and a small share of them is few tokens to learn from. It counts for the
         method's own ratio alone; one that is asked for is meant as it is.
     repair : DriftRepair or None
-        How the other chunk tokens are moved; see :mod:`a3_engine.fusion.drift`.
+        How the other chunk tokens are moved; see :mod:`a3_engine.fusion.correction`.
     depth : float
         Share of the layers, from the first, whose attention is looked at; the scoring pass ends
         there.
     narrow : tuple of (float, float)
         From a share of the depth on, the share of the picked tokens that is still computed; see
-        :mod:`a3_engine.fusion.narrowing`.
+        :mod:`a3_engine.fusion.layer_pruning`.
     long_tokens : int
         Up to so many chunk tokens, the computed ones attend to everything before them in all
         layers. Beyond, only in so many of the lower layers that it costs no more than that, though

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import QuestionSelector, top_candidates
+from a3_engine.fusion.selectors.base import QuestionSelector
+from a3_engine.fusion.topk import top_candidates
+from a3_engine.layout import Layout
 
 
 @dataclass(frozen=True)

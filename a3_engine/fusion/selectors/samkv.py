@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from a3_engine.devices import send
 from a3_engine.fusion.cache import Correction, FusedLayer
-from a3_engine.fusion.layout import Layout, Span
 from a3_engine.fusion.selectors.base import SparseSelector
+from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation
-from a3_engine.model.rows import send
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_engine.model.rows import send
+from a3_engine.devices import send
 from a3_engine.native.kernels.launching import LOG2_E, compiled, on, processors
 
 LEAST_KEYS, MOST_PARTS = 256, 64  # of a part and of a row, where the keys of few rows are cut

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from a3_engine.chunks.kv import ChunkKV
-from a3_engine.model.rows import send
+from a3_engine.devices import send
+from a3_engine.kv import ChunkKV
 from a3_engine.native.kernels.launching import compiled, on
 
 Chunks = Sequence[tuple[int, ChunkKV]]

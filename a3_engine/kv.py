@@ -9,11 +9,8 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.caching import with_cache
-from a3_engine.model.devices import input_device
 
 Shape = tuple[int, int, int, int]  # (layers, kv_heads, tokens, head_dim)
 
@@ -102,7 +99,8 @@ class KVShape:
         self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device
     ) -> ChunkKV:
         """A chunk from each layer's keys and values, ``(kv_heads, tokens, head_dim)``."""
-        keys, values = ([states.to(device) for states in each] for each in zip(*layers, strict=True))
+        keys = [keys.to(device) for keys, _ in layers]
+        values = [values.to(device) for _, values in layers]
         if self.alike:
             return ChunkKV(torch.stack(keys), torch.stack(values))
         key_dim, value_dim = self._piece
@@ -116,42 +114,20 @@ class KVShape:
         if self.alike:
             return list(zip(kv.keys, kv.values, strict=True))
         counts = [each.heads * (each.key_dim // self._piece[0]) for each in self.layers]
+        keys, values = torch.split(kv.keys, counts), torch.split(kv.values, counts)
         return [
-            (_joined(keys, each.heads), _joined(values, each.heads))
-            for each, keys, values in zip(
-                self.layers, kv.keys.split(counts), kv.values.split(counts), strict=True
-            )
+            (_joined(key, each.heads), _joined(value, each.heads))
+            for each, key, value in zip(self.layers, keys, values, strict=True)
         ]
 
 
 def _cut(states: torch.Tensor, size: int) -> torch.Tensor:
     """``(heads, tokens, head_dim)`` as ``(pieces, 1, tokens, size)``."""
-    return states.unflatten(-1, (-1, size)).transpose(1, 2).flatten(0, 1)[:, None]
+    heads, tokens, _ = states.shape
+    return states.reshape(heads, tokens, -1, size).transpose(1, 2).flatten(0, 1)[:, None]
 
 
 def _joined(pieces: torch.Tensor, heads: int) -> torch.Tensor:
     """The inverse of :func:`_cut`."""
-    return pieces[:, 0].unflatten(0, (heads, -1)).transpose(1, 2).flatten(2)
-
-
-@torch.inference_mode()
-def kv_shape(decoder: PreTrainedModel) -> KVShape:
-    """What a decoder keeps of each token: of one token it shows, and is asked once."""
-    known: KVShape | None = getattr(decoder.layers, "_a3_kv_shape", None)
-    if known is None:
-        cache = DynamicCache()
-        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(decoder))
-        decoder(input_ids=token, **with_cache(decoder, cache), use_cache=True)
-        known = KVShape(
-            tuple(
-                LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
-                for layer in cache.layers
-            )
-        )
-        decoder.layers._a3_kv_shape = known  # type: ignore[union-attr, assignment]
-    return known
-
-
-def token_nbytes(model: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values, over all layers."""
-    return kv_shape(model.get_decoder()).token_size * model.dtype.itemsize
+    _, _, tokens, size = pieces.shape
+    return pieces.reshape(heads, -1, tokens, size).transpose(1, 2).flatten(2)

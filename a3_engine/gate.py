@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from a3_engine.devices import input_device
 from a3_engine.errors import UnsupportedModelError, shortened
-from a3_engine.fusion.batch import step
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import FusionPass, arguments, install_hooks
-from a3_engine.fusion.layout import Layout, Span
+from a3_engine.fusion.fusion_pass import FusionPass, arguments, install_hooks
 from a3_engine.fusion.loading import allocate
 from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import has_window
-from a3_engine.model.devices import input_device
+from a3_engine.model.batch_cache import step
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 

@@ -1,4 +1,4 @@
-"""Which device computes, and in which dtype."""
+"""Devices: which one computes and in which dtype, and how a tensor gets there."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def input_device(model: PreTrainedModel) -> torch.device:
         return embedding.weight.device
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return torch.device("cpu" if device is None else device)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, without waiting for what the device does.
+
+    Sent from ordinary memory it is copied aside before this returns; never bring anything back to
+    the CPU this way.
+    """
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.chunks.kv import ChunkKV, kv_shape
-from a3_engine.fusion.fuse import FusionPass, run_pass
-from a3_engine.fusion.layout import Layout
+from a3_engine.fusion.fusion_pass import FusionPass, run_pass
 from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selectors.full_reuse import FullReuse
+from a3_engine.kv import ChunkKV, KVShape
+from a3_engine.layout import Layout
+from a3_engine.model.executor import Computing
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import Rotation, rotate_
 
 # Rows of a pass: short chunks are computed together, since few rows do not keep a device busy.
@@ -20,6 +23,49 @@ CPU_BATCH_ROWS, BATCH_ROWS = 1024, 4096
 LEAST_FILLED = 0.8  # of a batch's longest chunk
 
 Item = TypeVar("Item")
+
+
+class ChunkEncoder:
+    """Computes the chunks of one model: the `Encoder` of a chunk library.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+        The model without its language-model head, with the hooks of the fusion pass.
+    rotation : Rotation
+    computing : Computing
+        Where the model computes.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, rotation: Rotation, computing: Computing) -> None:
+        self._decoder, self._rotation, self._computing = decoder, rotation, computing
+
+    @property
+    def device(self) -> torch.device:
+        return self._decoder.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self._decoder.dtype)
+
+    @property
+    def shape(self) -> KVShape:
+        return kv_shape(self._decoder)
+
+    def batches(self, items: Sequence[Item], lengths: Sequence[int]) -> Iterator[list[Item]]:
+        """Items whose chunks are computed together."""
+        return batches(items, lengths, self.device)
+
+    def encode(
+        self, chunks: Sequence[Sequence[int]], prefix: ChunkKV | None
+    ) -> tuple[list[ChunkKV], float]:
+        """See `encode_chunks`; with the time, by `perf_counter`, when their computation began."""
+
+        def work() -> tuple[list[ChunkKV], float]:
+            started = time.perf_counter()
+            return encode_chunks(self._decoder, self._rotation, chunks, prefix), started
+
+        return self._computing.run(work)
 
 
 def batches(

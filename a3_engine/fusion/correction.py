@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from a3_engine.devices import send
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.layout import Layout
+from a3_engine.layout import Layout
 from a3_engine.model.rotary import Rotation, rotate_
-from a3_engine.model.rows import send
 from a3_engine.native import kernels_on, loops
 
 

@@ -11,11 +11,11 @@ import threading
 
 from transformers import PreTrainedModel
 
+from a3_engine.decoding.active_request import Reply
 from a3_engine.decoding.graphs import GraphedSteps
-from a3_engine.decoding.reply import Reply
-from a3_engine.fusion.fuse import arguments
-from a3_engine.model.computing import Computing
-from a3_engine.model.devices import input_device
+from a3_engine.devices import input_device
+from a3_engine.fusion.fusion_pass import arguments
+from a3_engine.model.executor import Computing
 from a3_engine.processes import make_anew_in_child
 
 

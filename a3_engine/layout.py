@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.model.rows import send
+from a3_engine.devices import send
 
 
 @dataclass(frozen=True)

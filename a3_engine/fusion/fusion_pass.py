@@ -19,10 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from a3_engine.fusion.batch import BatchCache
+from a3_engine.devices import send
 from a3_engine.fusion.cache import Correction, FusedCache, FusedLayer
-from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.narrowing import Narrowing
+from a3_engine.fusion.layer_pruning import Narrowing
 from a3_engine.fusion.selectors.base import (
     BoundarySelector,
     LayerSelector,
@@ -30,9 +29,11 @@ from a3_engine.fusion.selectors.base import (
     Selector,
     States,
 )
+from a3_engine.layout import Layout
 from a3_engine.model.attention import install, project
-from a3_engine.model.caching import cache_in, with_cache
-from a3_engine.model.rows import Near, Observer, Rows, send
+from a3_engine.model.batch_cache import BatchCache
+from a3_engine.model.cache_argument import cache_in, with_cache
+from a3_engine.model.masks import Near, Observer, Rows
 
 # What a layer is called with that has a part for each row, beside its positional arguments.
 SLICED = {"hidden_states", "per_layer_input", "position_embeddings"}
@@ -58,7 +59,7 @@ class FusionPass:
     correct : callable or None
         Called before a layer's rows are written; see `Correction`.
     observer : callable or None
-        Sees every attention of the pass; see :class:`~a3_engine.model.rows.Rows`.
+        Sees every attention of the pass; see :class:`~a3_engine.model.masks.Rows`.
 
     Attributes
     ----------
@@ -153,6 +154,10 @@ class FusionPass:
             )
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
+
+    def computed(self) -> torch.Tensor | None:
+        """Sorted positions of the computed tokens, once they are known."""
+        return None if self.selected is None else self.rows
 
     def _go_on_with(self, rows: torch.Tensor) -> None:
         self.rows = rows
@@ -312,10 +317,12 @@ def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -
         Where it has a pass that knows its rows by now, the others are not even embedded.
     """
     given = {"input_ids": ids, **with_cache(module, cache)}
-    fusion = cache.fusion if isinstance(cache, FusedCache) else None
-    if fusion is None or fusion.selected is None or not cache.layers[0].pending:
+    if not isinstance(cache, FusedCache) or cache.fusion is None or not cache.layers[0].pending:
         return given
-    rows = send(fusion.rows, ids.device)
+    computed = cache.fusion.computed()
+    if computed is None:
+        return given
+    rows = send(computed, ids.device)
     return {
         **given,
         "input_ids": ids.index_select(1, rows),

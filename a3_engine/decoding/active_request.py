@@ -9,10 +9,9 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from a3_engine.decoding.sampling import Sampling, draw
-from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.decoding.text_emitter import TextEmitter
+from a3_engine.devices import input_device, send
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.model.devices import input_device
-from a3_engine.model.rows import send
 
 
 class Reply:

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from a3_engine.fusion.attention_sums import AttentionSums, Pool
-from a3_engine.fusion.layout import Layout
-from a3_engine.fusion.selectors.base import top_candidates
-from a3_engine.model.rows import Rows
+from a3_engine.fusion.topk import top_candidates
+from a3_engine.layout import Layout
+from a3_engine.model.masks import Rows
 
 
 class Narrowing:

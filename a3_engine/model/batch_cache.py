@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from a3_engine.model.caching import with_cache
-from a3_engine.model.rows import Ragged
+from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.masks import Ragged
 
 
 class BatchLayer:

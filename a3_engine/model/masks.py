@@ -10,21 +10,14 @@ from typing import NamedTuple
 
 import torch
 
+from a3_engine.devices import send
+
 # A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
 # small one in its caches. An accelerator wants large ones.
 CPU_BLOCK_ROWS, BLOCK_ROWS = 128, 1024
 NEAR_BLOCK_ROWS = 128  # rows that see only what is near touch fewer keys the closer they stand
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, without waiting for what the device does.
-
-    Sent from ordinary memory it is copied aside before this returns; never bring anything back to
-    the CPU this way.
-    """
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 class Block(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from a3_engine.errors import ContextOverflowError
-from a3_engine.prompt import Chunk
+from a3_engine.messages import Chunk
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Segment
 

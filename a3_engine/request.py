@@ -12,21 +12,21 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from a3_engine.chunks.kv import ChunkKV
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.patience import one_request
 from a3_engine.decoding.generate import decode
 from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.decoding.sampling import Sampling
-from a3_engine.decoding.streaming import TextEmitter
+from a3_engine.decoding.text_emitter import TextEmitter
 from a3_engine.errors import ContextOverflowError, UnsupportedModelError
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fuse import Abandoned
+from a3_engine.fusion.fusion_pass import Abandoned, FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
+from a3_engine.fusion.prefix_cache import Turn
 from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors.base import Selector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
-from a3_engine.fusion.turns import Turn
+from a3_engine.kv import ChunkKV
 from a3_engine.method import Method
 from a3_engine.model.attention import install
 from a3_engine.report import ChunkUse, FusionReport, Trace
@@ -308,8 +308,8 @@ def _answer(
     report.ttft_s, report.decode_s = first - started, ended - first
     report.recompute_s = first - began
     report.trace = Trace(prompt, ())
-    if report.fused and isinstance(cache, FusedCache) and cache.fusion is not None:
-        fusion = cache.fusion
+    fusion = cache.fusion if isinstance(cache, FusedCache) else None
+    if report.fused and isinstance(cache, FusedCache) and isinstance(fusion, FusionPass):
         report.select_s = fusion.select_seconds
         report.kv_bytes = cache.prompt_nbytes
         report.compression = method.compression.name if method.compression else ""

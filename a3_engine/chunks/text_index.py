@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +25,11 @@ from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.index import Note
 from a3_engine.errors import StoreError
 from a3_engine.processes import Lock
+from a3_engine.segments import Match
 
 logger = logging.getLogger(__name__)
 
 MOST_UNWRITTEN = 100_000  # texts; older ones are let go of, and found by their chunks' own words
-
-
-class Match(NamedTuple):
-    """A known text at ``text[start:stop]``."""
-
-    start: int
-    stop: int
 
 
 class Catalogue:
