@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from tests.tiny import DERIVED, SHAPE, rope
 
 WINDOW = 64
@@ -529,8 +527,3 @@ CONFIGURATIONS: dict[str, dict[str, tuple[str, Values]]] = {
         ),
     },
 }
-
-
-def configuration(family: str, name: str) -> Any:
-    kind, values = CONFIGURATIONS[family][name]
-    return CONFIG_MAPPING[kind](**values)
