@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from a3_engine.model.loading import (
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.request import answer, assemble, check_room, mark_used
+from a3_engine.request import answer, assemble, check_room, touch
 from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
@@ -253,13 +254,13 @@ class A3Engine:
         method = self._method(**{name: options.pop(name, None) for name in METHOD_OPTIONS})
         runtime = self.runtime
         template = runtime.tokenizer.chat_template
-        ends = runtime.shared.settings.eos_token_id
+        ends = runtime.decoder.settings.eos_token_id
         return digest(self.fingerprint, template, ends, repr(method), sorted(options.items()))
 
     @property
     def unsupported_reason(self) -> str | None:
         """Why the gate serves this model by ordinary prefill; None for a model that is fused."""
-        return self.runtime.support.reason
+        return self.runtime.gate.reason
 
     # Ingestion and the store
 
@@ -288,7 +289,7 @@ class A3Engine:
         """
         if (library := self.runtime.library) is not None:
             library.know(self.runtime.planner.segments(chunks))
-            library.catalogue.try_to_write()
+            library.text_index.try_to_write()
 
     def evict(self, tag: str) -> int:
         """Remove the chunks that have this tag alone; returns how many entries there were.
@@ -300,7 +301,7 @@ class A3Engine:
         if not isinstance(tag, str):
             raise TypeError(f"A tag is a text, not {type(tag).__name__}.")
         tag = clean(tag)
-        self.runtime.turns.clear()  # they may hold its text
+        self.runtime.prefix_cache.clear()  # they may hold its text
         library = self.runtime.library
         return library.evict(tag) if library else 0
 
@@ -440,7 +441,7 @@ class A3Engine:
         assert stream.report is not None
         return Answer("".join(pieces), stream.report)
 
-    def fuse(
+    def prepare(
         self,
         request: Request,
         *,
@@ -469,8 +470,13 @@ class A3Engine:
         """
         prompt, chosen = self.plan(request, chunks), self._method(**method)
         cache = assemble(self.runtime, prompt, chosen, room, FusionReport())
-        mark_used(self.runtime, prompt, chosen.selector)
+        touch(self.runtime, prompt, chosen.selector)
         return prompt, cache
+
+    def fuse(self, request: Request, **options: Any) -> tuple[Prompt, FusedCache]:
+        """The former name of :meth:`prepare`."""
+        warnings.warn("A3Engine.fuse is now prepare.", DeprecationWarning, stacklevel=2)
+        return self.prepare(request, **options)
 
     def explain(self, response: object) -> Explanation:
         """Show which tokens were computed; see :func:`a3_engine.explain.explain`."""

@@ -96,7 +96,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Support:
+class GateResult:
     """What the gate found.
 
     ``reason`` says why the model is served by ordinary prefill; it is None for a model that can be
@@ -108,7 +108,7 @@ class Support:
     tested: bool
 
 
-def examine(model: PreTrainedModel, text: Sequence[int]) -> Support:
+def check_model(model: PreTrainedModel, text: Sequence[int]) -> GateResult:
     """Let a model through the gate, or say why not. Installs the hooks of the fusion pass.
 
     Parameters
@@ -123,12 +123,12 @@ def examine(model: PreTrainedModel, text: Sequence[int]) -> Support:
         install_hooks(model)
         rotation = _self_check(model, rotation, text)
     except UnsupportedModelError as error:
-        return Support(None, str(error), tested)
+        return GateResult(None, str(error), tested)
     except Exception as error:  # whatever goes wrong, the gate stays closed
-        return Support(
+        return GateResult(
             None, f"the self-check failed: {type(error).__name__}: {shortened(error)}", tested
         )
-    return Support(rotation, None, tested)
+    return GateResult(rotation, None, tested)
 
 
 def find_decoder(model: PreTrainedModel) -> PreTrainedModel:

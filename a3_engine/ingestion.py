@@ -33,7 +33,7 @@ def ingest(
 ) -> Precomputed:
     """Compute and store the KV of chunks that are not stored yet; see `A3Engine.precompute`."""
     if runtime.library is None:
-        logger.warning("Nothing is precomputed: %s.", runtime.support.reason)
+        logger.warning("Nothing is precomputed: %s.", runtime.gate.reason)
         return Precomputed(0, 0)
     segments = runtime.planner.segments(chunks)
     for segment in segments:
@@ -62,7 +62,7 @@ def ingest(
                 )
     library.tag([*segments, *heads])
     library.know(segments)
-    library.catalogue.write()
+    library.text_index.write()
     computed = sum(segment.kind == "chunk" for segment in missing)
     dropped = 0 if runtime.store.local.readonly else len(library.missing(segments))
     return Precomputed(computed, len(segments) - computed, dropped)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from a3_engine.model.masks import Near
+from a3_engine.model.masks import LocalGlobal
 from a3_engine.segments import Prompt
 
 
@@ -34,7 +34,7 @@ class TokenLogprob(NamedTuple):
 class ChunkUse:
     """One chunk of a prompt: its tokens, whether it was cached, its bytes read or written.
 
-    A hit of no bytes stood in the cache that the turn before had left.
+    A hit with ``nbytes == 0`` was still in memory from the previous turn.
     """
 
     text: str
@@ -47,21 +47,21 @@ class ChunkUse:
 class Trace:
     """The prompt of a request, and what of its chunks was recomputed.
 
-    ``recomputed`` are sorted positions; ``narrowed`` says from which layer on which of them were
-    still computed, where a method narrows them. ``near`` says from which layer on they saw less
-    than everything before them, and what.
+    ``recomputed`` are sorted positions. ``kept_by_layer`` maps a layer to those that are still
+    computed from there on, where the method prunes. ``local_global`` is the layer from which on
+    they see less than everything before them, and what they see.
     """
 
     prompt: Prompt
     recomputed: tuple[int, ...]
-    narrowed: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    near: tuple[int, Near] | None = field(default=None, hash=False, compare=False)
+    kept_by_layer: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    local_global: tuple[int, LocalGlobal] | None = field(default=None, hash=False, compare=False)
 
     def recomputed_by_layer(self, n_layers: int) -> list[tuple[int, ...]]:
         """The recomputed positions of each layer."""
         by_layer = [self.recomputed]
         for layer in range(1, n_layers):
-            by_layer.append(self.narrowed.get(layer, by_layer[-1]))
+            by_layer.append(self.kept_by_layer.get(layer, by_layer[-1]))
         return by_layer
 
 

@@ -22,7 +22,7 @@ from a3_engine.errors import ContextOverflowError, UnsupportedModelError
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fusion_pass import Abandoned, FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.prefix_cache import Turn
+from a3_engine.fusion.prefix_cache import CachedPrefix
 from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors.base import Selector, SparseSelector
 from a3_engine.fusion.selectors.full_prefill import FullPrefill
@@ -49,10 +49,10 @@ def check_room(prompt_tokens: int, max_new_tokens: int, context_window: int) -> 
 
 def why_not_kept(runtime: Runtime, prompt: Prompt, room: int) -> str | None:
     """Why keys and values of this request serve no other one; None if they can."""
-    support = runtime.support
-    if support.rotation is None:
-        return support.reason
-    limit = support.rotation.max_tokens
+    gate = runtime.gate
+    if gate.rotation is None:
+        return gate.reason
+    limit = gate.rotation.max_tokens
     if limit is not None and prompt.n_tokens + room > limit:
         return f"longrope changes its frequencies beyond {limit} tokens"
     return None
@@ -77,16 +77,16 @@ def assemble(
     room: int,
     report: FusionReport,
     abandoned: Callable[[], bool] = lambda: False,
-    turn: Turn | None = None,
+    turn: CachedPrefix | None = None,
     reused: int = 0,
 ) -> FusedCache:
     """Lay chunks, behind ``reused`` tokens of a turn, into a cache with the pass to complete it."""
-    if runtime.library is None or runtime.support.rotation is None:
+    if runtime.library is None or runtime.gate.rotation is None:
         raise UnsupportedModelError(
-            f"{runtime.name} cannot be fused: {runtime.support.reason}. generate and stream "
+            f"{runtime.name} cannot be fused: {runtime.gate.reason}. generate and stream "
             "answer by ordinary prefill."
         )
-    selector, rotation, library = method.selector, runtime.support.rotation, runtime.library
+    selector, rotation, library = method.selector, runtime.gate.rotation, runtime.library
     started = time.perf_counter()
     used = segments_used(library, prompt, selector)
     head = _head(library, prompt)
@@ -147,7 +147,7 @@ def assemble(
             observer=compressor.observe if compressor else None,
         )
 
-    cache = runtime.computing.run(lay_out)
+    cache = runtime.executor.run(lay_out)
     cache.compressor = compressor
     return cache
 
@@ -178,10 +178,10 @@ def _behind(library: ChunkLibrary, prompt: Prompt) -> list[Segment]:
     return [Segment("prefix", each) for each in ids if each]
 
 
-def mark_used(runtime: Runtime, prompt: Prompt, selector: Selector) -> None:
+def touch(runtime: Runtime, prompt: Prompt, selector: Selector) -> None:
     """Count what a fused prompt is made of as used last."""
     if runtime.library is not None:
-        runtime.library.mark_used(segments_used(runtime.library, prompt, selector))
+        runtime.library.touch(segments_used(runtime.library, prompt, selector))
 
 
 def _local_queries(
@@ -269,11 +269,11 @@ def _answer(
         and method.compression is None
         and not isinstance(selector, SparseSelector)
     )
-    turn, reused = runtime.turns.find(prompt.ids, selector) if keeps else (None, 0)
+    turn, reused = runtime.prefix_cache.find(prompt.ids, selector) if keeps else (None, 0)
     # Without a config no layer becomes a sliding one, which would drop tokens outside its window.
     cache: Cache | None = DynamicCache() if keeps else None
     try:
-        if runtime.support.rotation is not None:
+        if runtime.gate.rotation is not None:
             install(runtime.model)  # its owner may have chosen another attention since
         if report.fused or turn is not None:
             with one_request():
@@ -289,14 +289,14 @@ def _answer(
             sampling,
             emitter,
             abandoned,
-            runtime.shared,
+            runtime.decoder,
             recorder,
         )
         ended = time.perf_counter()
         if keeps and cache is not None:
-            runtime.turns.keep(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
+            runtime.prefix_cache.put(prompt.ids + emitter.ids, prompt.n_tokens, selector, cache)
         if report.fused:
-            mark_used(runtime, prompt, selector)
+            touch(runtime, prompt, selector)
             if isinstance(cache, FusedCache) and runtime.library is not None:
                 runtime.library.keep_resident(cache.on_device)
     except Abandoned:
@@ -316,10 +316,10 @@ def _answer(
         # Some methods select inside the pass.
         report.recompute_s = first - max(began, fusion.selected_at)
         if fusion.selected is not None:
-            left = fusion.narrowing.left if fusion.narrowing else {}
-            narrowed = {layer: tuple(at.tolist()) for layer, at in left.items()}
+            left = fusion.pruning.survivors if fusion.pruning else {}
+            kept_by_layer = {layer: tuple(at.tolist()) for layer, at in left.items()}
             selected = tuple(fusion.selected.tolist())
-            report.trace = Trace(prompt, selected, narrowed, fusion.near)
+            report.trace = Trace(prompt, selected, kept_by_layer, fusion.local_global)
     report.recomputed_tokens = len(report.trace.recomputed)
     runtime.reports.append(report)
     return report

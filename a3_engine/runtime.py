@@ -20,17 +20,17 @@ from a3_engine.chunks.fingerprint import (
 from a3_engine.chunks.library import ChunkLibrary
 from a3_engine.chunks.stand_in import passages_of
 from a3_engine.chunks.store import StoreOptions
-from a3_engine.chunks.text_index import Catalogue
+from a3_engine.chunks.text_index import TextIndex
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
-from a3_engine.decoding.batching import SharedDecoding
+from a3_engine.decoding.batching import BatchedDecoder
 from a3_engine.decoding.seeds import Seeds
 from a3_engine.errors import shortened
 from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.encoding import ChunkEncoder
-from a3_engine.fusion.prefix_cache import MAX_BYTES, Turns
+from a3_engine.fusion.prefix_cache import MAX_BYTES, PrefixCache
 from a3_engine.fusion.sparse import LocalQueries
-from a3_engine.gate import Support, examine
-from a3_engine.model.executor import Computing
+from a3_engine.gate import GateResult, check_model
+from a3_engine.model.executor import DeviceExecutor
 from a3_engine.model.kv_shape import token_nbytes
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
@@ -41,14 +41,17 @@ from a3_engine.report import FusionReport
 logger = logging.getLogger(__name__)
 
 MAX_REPORTS = 64
-TURN_TOKENS = 16_384  # of kept conversations, where that is more than the least bound in bytes
+LOOPS_S = 1.0  # that a start waits for the native loops of an earlier one
+PREFIX_CACHE_TOKENS = (
+    16_384  # of kept conversations, where that is more than the least bound in bytes
+)
 
 
 @dataclass(frozen=True)
 class Runtime:
     """A loaded model and what serves it.
 
-    ``library`` and ``local_queries`` are None for a model that the gate refused. ``shared`` lets
+    ``library`` and ``local_queries`` are None for a model that the gate refused. ``decoder`` lets
     requests that decode at the same time share their steps. ``watch`` notices changed weights.
     ``reports`` are those of the last requests, to be explained.
     """
@@ -57,14 +60,14 @@ class Runtime:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     planner: PromptPlanner
-    support: Support
+    gate: GateResult
     store: DiskStore | TieredStore
     library: ChunkLibrary | None
     local_queries: LocalQueries | None
     fingerprint: str
-    shared: SharedDecoding
+    decoder: BatchedDecoder
     watch: Watch
-    turns: Turns
+    prefix_cache: PrefixCache
     seeds: Seeds = field(default_factory=Seeds)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
@@ -74,13 +77,13 @@ class Runtime:
         return context_window(self.model)
 
     @property
-    def computing(self) -> Computing:
+    def executor(self) -> DeviceExecutor:
         """Where the model computes."""
-        return self.shared.computing
+        return self.decoder.executor
 
     def make_room(self) -> None:
         """Give back the device's memory that serves requests to come, for the one that wants it."""
-        self.turns.clear()
+        self.prefix_cache.clear()
         if self.library is not None:
             self.library.resident.clear()
         if self.model.device.type == "cuda":
@@ -88,10 +91,10 @@ class Runtime:
 
     def close(self) -> None:
         """Release file handles, kept turns and memory kept for caches."""
-        self.turns.close()
+        self.prefix_cache.close()
         BUFFERS.clear()
         if self.library is not None:
-            self.library.catalogue.try_to_write()
+            self.library.text_index.try_to_write()
         self.store.close()
 
 
@@ -127,15 +130,16 @@ def start(
         The folder cannot be used.
     """
     if model.device.type == "cpu":
-        loops.library(model.dtype)  # compiled now where it has to be, not during a request
+        # Those of an earlier start are there at once; compiling goes on beside the first answers.
+        loops.library(model.dtype, LOOPS_S)
     planner = PromptPlanner(tokenizer, encode_prefix, passages_of(stand_in))
-    shared = SharedDecoding(model)
+    decoder = BatchedDecoder(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
-    support = shared.computing.run(lambda: examine(model, text))
-    engine, support = _identity(model, tokenizer, codec, support)
-    if support.reason is not None:
-        logger.warning("%s is served by ordinary prefill: %s.", name, support.reason)
-    elif not support.tested:
+    gate = decoder.executor.run(lambda: check_model(model, text))
+    engine, gate = _identity(model, tokenizer, codec, gate)
+    if gate.reason is not None:
+        logger.warning("%s is served by ordinary prefill: %s.", name, gate.reason)
+    elif not gate.tested:
         logger.warning(
             "%s passed the self-check, but its type %r is not among those tested.",
             name,
@@ -144,34 +148,34 @@ def start(
     chunks = open_store(cache_dir / "chunks", size_limit, store, pin=model.device.type == "cuda")
     limit = chunks.local.size_limit
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", limit / 2**30)
-    if own and support.reason is None and support.tested:
+    if own and gate.reason is None and gate.tested:
         pack(model)
     library = None
-    if support.rotation is not None:
+    if gate.rotation is not None:
         library = ChunkLibrary(
-            ChunkEncoder(model.get_decoder(), support.rotation, shared.computing),
+            ChunkEncoder(model.get_decoder(), gate.rotation, decoder.executor),
             chunks,
-            Catalogue(chunks.local, engine),
+            TextIndex(chunks.local, engine),
             engine=engine,
             codec=codec,
             prefix_ids=planner.prefix_ids,
             stand_in_ids=planner.stand_in_ids,
-            room=min(context_window(model), support.rotation.max_tokens or 2**31),
+            room=min(context_window(model), gate.rotation.max_tokens or 2**31),
         )
-        planner.find = library.catalogue.find
+        planner.find = library.text_index.find
     return Runtime(
         name=name,
         model=model,
         tokenizer=tokenizer,
         planner=planner,
-        support=support,
+        gate=gate,
         store=chunks,
         library=library,
-        local_queries=LocalQueries(model, support.rotation) if support.rotation else None,
+        local_queries=LocalQueries(model, gate.rotation) if gate.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids + planner.stand_in_ids),
-        shared=shared,
+        decoder=decoder,
         watch=Watch(model),  # which holds weights, so that it comes behind packing
-        turns=_turns(model, support),
+        prefix_cache=_prefix_cache(model, gate),
     )
 
 
@@ -180,36 +184,36 @@ def renewed(runtime: Runtime) -> Runtime:
     watch, old = Watch(runtime.model), runtime.library
     if old is None:
         return replace(runtime, watch=watch)
-    engine, support = _identity(runtime.model, runtime.tokenizer, old.codec, runtime.support)
-    library = old.of(engine) if support.rotation is not None else None
-    runtime.planner.find = library.catalogue.find if library is not None else None
+    engine, gate = _identity(runtime.model, runtime.tokenizer, old.codec, runtime.gate)
+    library = old.of(engine) if gate.rotation is not None else None
+    runtime.planner.find = library.text_index.find if library is not None else None
     return replace(
         runtime,
-        support=support,
+        gate=gate,
         library=library,
         fingerprint=digest(engine, runtime.planner.prefix_ids + runtime.planner.stand_in_ids),
-        turns=_turns(runtime.model, support),
+        prefix_cache=_prefix_cache(runtime.model, gate),
         watch=watch,
     )
 
 
-def _turns(model: PreTrainedModel, support: Support) -> Turns:
+def _prefix_cache(model: PreTrainedModel, gate: GateResult) -> PrefixCache:
     """Room for kept conversations by the model's bytes a token; a refused model keeps none."""
-    if support.rotation is None:
-        return Turns()
-    return Turns(max_bytes=max(MAX_BYTES, TURN_TOKENS * token_nbytes(model)))
+    if gate.rotation is None:
+        return PrefixCache()
+    return PrefixCache(max_bytes=max(MAX_BYTES, PREFIX_CACHE_TOKENS * token_nbytes(model)))
 
 
 def _identity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: str, support: Support
-) -> tuple[str, Support]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: str, gate: GateResult
+) -> tuple[str, GateResult]:
     """Fingerprint of what makes keys and values; a model without one is not fused."""
     try:
         weights = model_fingerprint(model)
     except Exception as error:
         weights = "unknown"
-        reason = support.reason or f"its weights cannot be read: {shortened(error)}"
-        support = replace(support, rotation=None, reason=reason)
-    rotation = support.rotation
+        reason = gate.reason or f"its weights cannot be read: {shortened(error)}"
+        gate = replace(gate, rotation=None, reason=reason)
+    rotation = gate.rotation
     turning = ([row.tolist() for row in rotation.inv_freq], rotation.adjacent) if rotation else None
-    return digest(weights, tokenizer_fingerprint(tokenizer), codec, turning), support
+    return digest(weights, tokenizer_fingerprint(tokenizer), codec, turning), gate

@@ -18,10 +18,10 @@ import torch
 from a3_engine import A3Engine
 from a3_engine.benchmark.prompts import QUESTION, chunk_texts
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_ragged, attend_rows
-from a3_engine.model.masks import Ragged, Rows
+from a3_engine.model.masks import DecodeMask, RowMask
 from a3_engine.model.rotary import Rotation
 from a3_engine.native import loops as native
 
@@ -60,7 +60,7 @@ def states(n_tokens: int) -> torch.Tensor:
 
 def rows_over(positions: torch.Tensor, n_keys: int) -> str:
     query = torch.randn(1, len(positions), HEADS, HEAD_DIM).to(DTYPE).transpose(1, 2)
-    key, value, rows = states(n_keys), states(n_keys), Rows(positions)
+    key, value, rows = states(n_keys), states(n_keys), RowMask(positions)
 
     def attend() -> torch.Tensor:
         return attend_rows(Layer(), query, key, value, rows, scaling=SCALING)
@@ -81,7 +81,7 @@ def rows_over(positions: torch.Tensor, n_keys: int) -> str:
 def one_token(requests: int, n_keys: int) -> str:
     query = torch.randn(requests, HEADS, 1, HEAD_DIM).to(DTYPE)
     caches = [[[states(n_keys) for _ in range(requests)] for _ in "kv"] for _ in range(LAYERS)]
-    ragged = Ragged()
+    ragged = DecodeMask()
 
     def attend() -> None:
         for keys, values in caches:
@@ -96,7 +96,7 @@ def drift_repair(rows: torch.Tensor, n_chunk: int) -> str:
     fresh = torch.tensor([n_chunk])
     layout = Layout(n_chunk + 1, (Span(0, n_chunk),), 0, fresh, fresh)
     rotation = Rotation(10_000.0 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))[None])
-    drift = Drift(DriftRepair(), layout, rotation, [torch.device("cpu")])
+    drift = Corrector(KVCorrection(), layout, rotation, [torch.device("cpu")])
     stored = [states(n_chunk + 1) for _ in "kv"]
     fresh_states = [torch.randn(1, KV_HEADS, len(rows), HEAD_DIM).to(DTYPE) for _ in "kv"]
 
@@ -131,7 +131,7 @@ def requests() -> None:
             for turn in range(6):
                 for loops in found:
                     use(loops)
-                    engine.runtime.turns.clear()
+                    engine.runtime.prefix_cache.clear()
                     report = engine.generate(
                         QUESTION, chunks=chunks, selector=selector, ratio=ratio, max_new_tokens=9
                     ).report
@@ -161,7 +161,7 @@ def main() -> None:
     print(f"| {len(later)} rows over 8,000 keys, standing late | {rows_over(later, 8000)} |")
     print(f"| 35 rows over 4,144 keys | {rows_over(late[-35:], 4144)} |")
     print(f"| 512 rows of a chunk alone | {rows_over(torch.arange(512), 512)} |")
-    print(f"| drift repair of 4,144 tokens by 64 of 611 rows | {drift_repair(evenly, 4144)} |")
+    print(f"| KV correction of 4,144 tokens by 64 of 611 rows | {drift_repair(evenly, 4144)} |")
     for n_requests in (8, 1):
         cells = one_token(n_requests, 4144)
         print(f"| one token of {n_requests} requests over 4,144 keys each | {cells} |")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from a3_engine.chunks.text_index import Catalogue
+from a3_engine.chunks.text_index import TextIndex
 from a3_engine.chunks.tiers.disk import DiskStore
 
 HEAD = "source: handbook/maintenance/2026.pdf\nlanguage: en\n\n"
@@ -47,12 +47,12 @@ def measure(stored: int, found: int, chars: int, repeats: int, alike: bool) -> d
     texts = [make_text(random_, words, alike) for _ in range(stored)]
     with tempfile.TemporaryDirectory(prefix="a3-matching-") as folder:
         store = DiskStore(Path(folder) / "chunks")
-        catalogue = Catalogue(store, "benchmark")
+        text_index = TextIndex(store, "benchmark")
         bar = tqdm(texts, desc="Storing texts", file=sys.stderr)
-        catalogue.add((text, f"{number:064x}", None) for number, text in enumerate(bar))
-        catalogue.write()
+        text_index.add((text, f"{number:064x}", None) for number, text in enumerate(bar))
+        text_index.write()
         started = time.perf_counter()
-        catalogue.find("")
+        text_index.find("")
         first_s = time.perf_counter() - started
         times = []
         length = 0
@@ -62,7 +62,7 @@ def measure(stored: int, found: int, chars: int, repeats: int, alike: bool) -> d
             prompt = make_prompt(random_, known, other, chars)
             length = len(prompt)
             started = time.perf_counter()
-            matches = catalogue.find(prompt)
+            matches = text_index.find(prompt)
             times.append(time.perf_counter() - started)
             assert sorted(prompt[m.start : m.stop] for m in matches) == sorted(known)
         store.close()

@@ -18,8 +18,8 @@ from a3_engine import A3Engine
 from a3_engine.evaluation.datasets import read_examples
 from a3_engine.evaluation.run import evaluate
 from a3_engine.evaluation.summary import summarize
-from a3_engine.fusion.cache import Correction, FusedLayer
-from a3_engine.fusion.correction import DriftRepair
+from a3_engine.fusion.cache import BeforeWrite, FusedLayer
+from a3_engine.fusion.correction import KVCorrection
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
@@ -62,9 +62,9 @@ class OtherRepair(Mend):
 
     form: str = "agree"
 
-    def correction(
+    def before_write(
         self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]
-    ) -> Correction:
+    ) -> BeforeWrite:
         movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
         movable[layout.inexact_positions] = True
         tables = rotation.tables(torch.arange(layout.n_tokens), devices)
@@ -126,11 +126,11 @@ def forms() -> dict[str, Method]:
             "as shipped": Mend(ratio, least=0),
             "strength by agreement": OtherRepair(ratio, least=0, form="agree"),
             "linear map": OtherRepair(ratio, least=0, form="map"),
-            "strength 0.2": Mend(ratio, least=0, repair=DriftRepair(0.2)),
-            "strength 0.6": Mend(ratio, least=0, repair=DriftRepair(0.6)),
+            "strength 0.2": Mend(ratio, least=0, correction=KVCorrection(0.2)),
+            "strength 0.6": Mend(ratio, least=0, correction=KVCorrection(0.6)),
             "spread": Spread(ratio, least=0),
             "depth 1.0": Mend(ratio, least=0, depth=1.0),
-            "all probes": Mend(ratio, least=0, repair=DriftRepair(0.3, probes=10**6)),
+            "all probes": Mend(ratio, least=0, correction=KVCorrection(0.3, probes=10**6)),
         }
         listed |= {f"{name} @ {ratio}": Method(selector) for name, selector in each.items()}
     return listed | {f"mass {mass}": Method(Adaptive(0.5, mass=mass)) for mass in (0.7, 0.45)}

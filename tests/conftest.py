@@ -12,9 +12,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks once, when it is i
 import pytest
 import torch
 from pytest_socket import disable_socket
+from transformers import PretrainedConfig
 
 from a3_engine import A3Engine
-from tests.tiny import tiny_model, tiny_tokenizer
+from a3_engine.native import loops
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +24,21 @@ def _no_network() -> None:
     disable_socket(allow_unix_socket=True)  # event loops make one to wake themselves
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _loops() -> None:
+    """There before the first test, so that no two answers differ by who rounded."""
+    for dtype in (torch.float32, torch.bfloat16):
+        loops.library(dtype, None)
+
+
 @pytest.fixture
 def tiny_engine(tmp_path: Path) -> Iterator[Callable[..., A3Engine]]:
     """Builds engines of tiny models, each with a store of its own test."""
     engines = []
 
-    def build(model: str = "llama", **options: object) -> A3Engine:
+    def build(model: str | PretrainedConfig = "llama", **options: object) -> A3Engine:
+        if isinstance(model, PretrainedConfig):  # its window may be long
+            options = {"stand_in": STAND_IN, **options}
         options = {"cache_dir": tmp_path / "cache", **options}
         engine = A3Engine.from_pretrained(tiny_model(model), tiny_tokenizer(), **options)
         engines.append(engine)

@@ -53,7 +53,7 @@ def measure_decoding(
         ).report
 
     def together(pool: ThreadPoolExecutor, requests: int) -> float:
-        engine.runtime.turns.clear()  # what an earlier request left is no part of this one
+        engine.runtime.prefix_cache.clear()  # what an earlier request left is no part of this one
         started = time.perf_counter()
         list(pool.map(ask, range(requests)))
         return requests * answer_tokens / (time.perf_counter() - started)
@@ -64,10 +64,10 @@ def measure_decoding(
             step(model, [0] * requests, caches[:requests], model.device)
         return requests * answer_tokens / (now(model.device) - started)
 
-    model, computing = engine.runtime.model, engine.runtime.computing
-    caches = [computing.run(partial(_prefilled, engine, prompt)) for _ in range(at_once)]
+    model, executor = engine.runtime.model, engine.runtime.executor
+    caches = [executor.run(partial(_prefilled, engine, prompt)) for _ in range(at_once)]
     found: dict[str, list[float]] = defaultdict(list)
-    computing.rest()  # the machine's rates were measured in this thread
+    executor.release_helpers()  # the machine's rates were measured in this thread
     with ThreadPoolExecutor(at_once) as pool:
         for turn in range(repeats + 1):
             clock = _Clock()
@@ -79,16 +79,16 @@ def measure_decoding(
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
-            computing.run(plain)  # in another thread it would hinder the rest
-            engine.runtime.turns.clear()
+            executor.run(plain)  # in another thread it would hinder the rest
+            engine.runtime.prefix_cache.clear()
             alone = pool.submit(ask, 0).result()
             round_ = {
                 "one": (alone.generated_tokens - 1) / alone.decode_s,
                 "generate": (len(clock.times) - 1) / (clock.times[-1] - clock.times[0]),
                 "request": together(pool, 1),
                 "at_once": together(pool, at_once),
-                "step": computing.run(partial(stepping, 1)),
-                "steps": computing.run(partial(stepping, at_once)),
+                "step": executor.run(partial(stepping, 1)),
+                "steps": executor.run(partial(stepping, at_once)),
             }
             if turn:
                 for name, value in round_.items():
@@ -99,6 +99,6 @@ def measure_decoding(
 
 
 def _prefilled(engine: A3Engine, prompt: Prompt) -> FusedCache:
-    _, cache = engine.fuse(prompt, selector="full_reuse")
+    _, cache = engine.prepare(prompt, selector="full_reuse")
     run_pass(engine.runtime.model.get_decoder(), [prompt.ids], cache)
     return cache

@@ -72,14 +72,14 @@ def take_turns(
     device = engine.runtime.model.device
     for number, method in enumerate(turns):
         longer = " Think." * (number // len(methods)) if device.type == "cuda" else ""
-        engine.runtime.turns.clear()  # what an earlier request left is no part of this one
+        engine.runtime.prefix_cache.clear()  # what an earlier request left is no part of this one
         timed = timed_request(engine, question + longer, chunks, method, answer_tokens)
         if number >= len(methods):
             assert timed.report.misses == 0
             copied = copy_seconds(timed.report.bytes_read, torch.device("cpu"), device)
             yield method, Timed(timed.report, timed.parts, *copied)
     for method in methods:
-        engine.runtime.turns.clear()
+        engine.runtime.prefix_cache.clear()
         request = partial(timed_request, engine, question, chunks, method, answer_tokens)
         yield method, peak_growth(request, engine.runtime.model.device)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from a3_engine.model.masks import Near
+from a3_engine.model.masks import LocalGlobal
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def work(
     shape: Shape,
     rows: Sequence[torch.Tensor],
     element_bytes: int,
-    near: tuple[int, Near] | None = None,
+    local_global: tuple[int, LocalGlobal] | None = None,
 ) -> Work:
     """What a pass over these rows needs, behind keys and values that are there already.
 
@@ -131,7 +131,7 @@ def work(
         prompt's in all layers are a full prefill.
     element_bytes : int
         Of a weight, key or value.
-    near : (int, Near) or None
+    local_global : (int, LocalGlobal) or None
         From which layer on rows see less than everything before them, and what.
     """
     attended = seen = 0.0
@@ -141,10 +141,12 @@ def work(
         at = positions.to(torch.float64)
         steps = torch.diff(at, prepend=at.new_tensor([-1.0]))
         keys = (at + 1).clamp(max=reach)
-        if near is not None and not window and layer >= near[0]:
-            own = keys.clamp(max=near[1].window)
-            shared = torch.searchsorted(near[1].shared.to(torch.float64), at + 1 - own)
-            keys = torch.where(positions < near[1].until, own + shared, keys)
+        if local_global is not None and not window and layer >= local_global[0]:
+            own = keys.clamp(max=local_global[1].window)
+            shared = torch.searchsorted(
+                local_global[1].global_positions.to(torch.float64), at + 1 - own
+            )
+            keys = torch.where(positions < local_global[1].dense_from, own + shared, keys)
         attended += float(keys.sum())
         seen += float(steps.clamp(max=reach).sum())  # keys that any row attends to
     n_rows, token = sum(len(positions) for positions in rows), shape.kv_elements * element_bytes

@@ -152,7 +152,7 @@ def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: R
             torch.unique(torch.cat([torch.tensor(recomputed, dtype=torch.long), fresh]))
             for recomputed in report.trace.recomputed_by_layer(shape.layers)
         ]
-    needed = work(shape, rows, model.dtype.itemsize, report.trace.near)
+    needed = work(shape, rows, model.dtype.itemsize, report.trace.local_global)
     n_rows = len(rows[0])
     linear, attention = linear_rate(model, n_rows), attention_rate(model, n_rows, n_tokens)
     limit = needed.seconds(rates.matmul, rates.copy)

@@ -18,7 +18,7 @@ import torch
 from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.fusion.selectors.mend import SHARED, WINDOW, Mend
-from a3_engine.model.masks import Near
+from a3_engine.model.masks import LocalGlobal
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512
@@ -204,10 +204,10 @@ def simulate(
     n_tokens = context + FRESH_TOKENS
     fresh = torch.arange(context, n_tokens)
     n_recomputed, share = int(ratio * context), 1.0
-    stages = Mend().stages(shape.layers) if ratio < 1 else {}
+    kept_per_layer = Mend().kept_per_layer(shape.layers) if ratio < 1 else {}
     rows = []
     for layer in range(shape.layers):
-        share = stages.get(layer, share)
+        share = kept_per_layer.get(layer, share)
         recomputed = torch.linspace(0, context - 1, round(share * n_recomputed)).long()
         rows.append(torch.cat([recomputed, fresh]))
     n_lower = len(Mend().layers(shape.layers))
@@ -218,10 +218,10 @@ def simulate(
         scoring = replace(work(lower, [fresh] * lower.layers, BF16), logits=Part(0.0, 0.0))
         select = seconds(scoring, how.row_attention, lower.layers)
         compute = how.repair_passes * raw / memory
-    first = Mend().near_from(shape.layers, context) if 0 < ratio < 1 else None
+    first = Mend().local_from(shape.layers, context) if 0 < ratio < 1 else None
     shared = torch.linspace(0, context - 1, min(SHARED * n_recomputed, context)).long()
-    near = None if first is None else (first, Near(shared, WINDOW, context))
-    compute += seconds(work(shape, rows, BF16, near), how.row_attention, shape.layers)
+    local_global = None if first is None else (first, LocalGlobal(shared, WINDOW, context))
+    compute += seconds(work(shape, rows, BF16, local_global), how.row_attention, shape.layers)
     everything = [torch.arange(n_tokens)] * shape.layers
     return Times(
         prefill=seconds(work(shape, everything, BF16), how.dense_attention, shape.layers),
@@ -254,7 +254,7 @@ def needed_bandwidths(nbytes: float, times: Times, efficiency: Efficiency) -> Ba
 def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None = None) -> str:
     """Markdown: where the time goes, what codec each tier calls for, what bandwidth is needed."""
     how = efficiency or Efficiency()
-    goes, calls, needs, left_out = [], [], [], []
+    goes, calls, needs, n_evicted = [], [], [], []
     for name, shape, machine, context in (
         (*model, machine, context)
         for model in MODELS.items()
@@ -263,7 +263,7 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
     ):
         case = [name, machine.name, f"{context:,}"]
         if not fits(shape, machine, context):
-            left_out.append(", ".join(case))
+            n_evicted.append(", ".join(case))
             continue
         settings: dict[str, Any] = {"context": context, "ratio": ratio, "efficiency": how}
         raw = simulate(shape, machine, tier_gb_s=NVME.gb_s, **settings)
@@ -291,7 +291,7 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
     sources = "; ".join(f"{each.name}: {each.source}" for each in (*MACHINES, *TIERS))
     parts = [
         f"**Simulated, not measured**: bf16, ratio {ratio:g}, {CHUNK_TOKENS}-token chunks. {how}.",
-        f"Left out, because it does not fit: {'; '.join(left_out) or 'nothing'}.",
+        f"Left out, because it does not fit: {'; '.join(n_evicted) or 'nothing'}.",
         f"Sources: {sources}.",
         f"Simulated milliseconds, raw chunks from {NVME.name}:",
         _table([*place, *costs, "sooner", "slowest step"], goes),

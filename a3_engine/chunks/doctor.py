@@ -28,7 +28,7 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(cache_dir: Path, url: str | None = None) -> list[Finding]:
+def check_model(cache_dir: Path, url: str | None = None) -> list[Finding]:
     """Look at the folder, its file system, the index, the entries, and the shared store."""
     folder = cache_dir / "chunks"
     if not folder.exists():

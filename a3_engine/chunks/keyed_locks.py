@@ -17,7 +17,7 @@ class _Flight:
     wanted: int = 0
 
 
-class Flights:
+class KeyedLocks:
     """One lock for each key, as long as anybody wants it."""
 
     def __init__(self) -> None:

@@ -14,12 +14,12 @@ import torch
 
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.fingerprint import chunk_key, digest
-from a3_engine.chunks.keyed_locks import Flights
+from a3_engine.chunks.keyed_locks import KeyedLocks
 from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.resident import Resident
 from a3_engine.chunks.store import ChunkStore
-from a3_engine.chunks.text_index import Catalogue
+from a3_engine.chunks.text_index import TextIndex
 from a3_engine.errors import StoreError
 from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.segments import Segment
@@ -80,7 +80,7 @@ class ChunkLibrary:
         self,
         encoder: Encoder,
         store: ChunkStore,
-        catalogue: Catalogue,
+        text_index: TextIndex,
         *,
         engine: str,
         codec: str,
@@ -89,7 +89,7 @@ class ChunkLibrary:
         room: int,
     ) -> None:
         self.store = store
-        self.catalogue = catalogue
+        self.text_index = text_index
         self.prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
@@ -97,7 +97,7 @@ class ChunkLibrary:
         self._shape, self._dtype = encoder.shape, encoder.dtype
         self._engine, self.codec = engine, codec
         # Two requests that miss the same chunk meet here, and compute it once.
-        self._flights = Flights()
+        self._flights = KeyedLocks()
         self._device = encoder.device
         self.resident = Resident.on(self._device)
         # On a CPU the hashes of several chunks at once take longer than the one it is used for.
@@ -110,7 +110,7 @@ class ChunkLibrary:
         return ChunkLibrary(
             self._encoder,
             self.store,
-            self.catalogue.of(engine),
+            self.text_index.of(engine),
             engine=engine,
             codec=self.codec,
             prefix_ids=self.prefix_ids,
@@ -125,8 +125,8 @@ class ChunkLibrary:
         return [segment for key, segment in by_key.items() if key not in stored]
 
     def know(self, segments: Iterable[Segment]) -> None:
-        """Find these segments' texts in prompts, and remember their tags; see `Catalogue`."""
-        self.catalogue.add(
+        """Find these segments' texts in prompts, and remember their tags; see `TextIndex`."""
+        self.text_index.add(
             (segment.text, self.header(segment).key, segment.tag) for segment in segments
         )
 
@@ -170,12 +170,12 @@ class ChunkLibrary:
         if (resident := self.resident.get(header.key)) is not None:
             return Fetched(resident, True, header.nbytes, 0.0)
         if (stored := self.store.get(header)) is not None:
-            return Fetched(self._near(stored), True, stored.nbytes, 0.0)
+            return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
         behind = self._kv_behind(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
-                return Fetched(self._near(stored), True, stored.nbytes, 0.0)
-            self.mark_used(beside)
+                return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
+            self.touch(beside)
             [payload], started = self._compute([segment], behind)
             try:
                 self.store.put(payload, segment.tag)
@@ -185,7 +185,7 @@ class ChunkLibrary:
             seconds = time.perf_counter() - started
             return Fetched(payload.kv(), False, payload.nbytes, seconds)
 
-    def _near(self, stored: Payload) -> ChunkKV:
+    def _beside_device(self, stored: Payload) -> ChunkKV:
         """A stored chunk where the device gets at it fast: decoded there, or in pinned memory."""
         if self._device.type != "cuda":
             return stored.kv()
@@ -194,7 +194,7 @@ class ChunkLibrary:
         kv = stored.kv()
         return kv if kv.keys.is_pinned() else ChunkKV(kv.keys.pin_memory(), kv.values.pin_memory())
 
-    def mark_used(self, segments: Iterable[Segment]) -> None:
+    def touch(self, segments: Iterable[Segment]) -> None:
         """Let the least recently used chunks be others; a write, so not before a first token."""
         self.store.touch([self.header(segment).key for segment in segments])
 
@@ -267,7 +267,7 @@ class ChunkLibrary:
             return None
         before = Segment("prefix", ids)
         kv = self.fetch(before).kv
-        self.mark_used([before])
+        self.touch([before])
         return kv
 
     def _compute(
@@ -282,7 +282,7 @@ class ChunkLibrary:
 
     def evict(self, tag: str) -> int:
         """Remove the chunks that have this tag alone, and their heads; returns how many entries."""
-        self.catalogue.write()  # what has the tag since a moment ago
+        self.text_index.write()  # what has the tag since a moment ago
         keys = self.store.evict(tag)
         self.resident.discard(keys)
         return len(keys)

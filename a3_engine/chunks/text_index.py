@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MOST_UNWRITTEN = 100_000  # texts; older ones are let go of, and found by their chunks' own words
 
 
-class Catalogue:
+class TextIndex:
     """Texts known to one engine, shared by all processes that use the same folder.
 
     Parameters
@@ -107,9 +107,9 @@ class Catalogue:
                         behind = stop
             return matches
 
-    def of(self, engine: str) -> Catalogue:
+    def of(self, engine: str) -> TextIndex:
         """The same for another engine."""
-        return Catalogue(self._store, engine)
+        return TextIndex(self._store, engine)
 
     def _longest(
         self, text: str, start: int, stops: npt.NDArray[np.int64], sums: Rolling

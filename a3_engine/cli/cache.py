@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from a3_engine.chunks.archive import export_chunks, import_chunks
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
-from a3_engine.chunks.doctor import examine
+from a3_engine.chunks.doctor import check_model
 from a3_engine.chunks.payload import DamagedPayload, read_header
 from a3_engine.chunks.stand_in import NONE, SHIPPED
 from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
@@ -225,7 +225,7 @@ def run_warm(options: argparse.Namespace) -> int:
 
 def run_doctor(options: argparse.Namespace) -> int:
     """Print one line for every finding; status 1 where something needs a hand."""
-    findings = examine(_folder(options), options.store)
+    findings = check_model(_folder(options), options.store)
     for finding in findings:
         print(f"{'ok  ' if finding.good else 'WARN'} {finding.text}")
     return 0 if all(finding.good for finding in findings) else 1

@@ -14,7 +14,7 @@ from a3_engine.devices import input_device, send
 from a3_engine.fusion.cache import FusedCache
 
 
-class Reply:
+class ActiveRequest:
     """One request between its prompt and its last token.
 
     Parameters

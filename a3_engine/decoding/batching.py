@@ -11,15 +11,15 @@ import threading
 
 from transformers import PreTrainedModel
 
-from a3_engine.decoding.active_request import Reply
+from a3_engine.decoding.active_request import ActiveRequest
 from a3_engine.decoding.graphs import GraphedSteps
 from a3_engine.devices import input_device
 from a3_engine.fusion.fusion_pass import arguments
-from a3_engine.model.executor import Computing
+from a3_engine.model.executor import DeviceExecutor
 from a3_engine.processes import make_anew_in_child
 
 
-class SharedDecoding:
+class BatchedDecoder:
     """The requests of one model that decode at this moment.
 
     Parameters
@@ -29,7 +29,7 @@ class SharedDecoding:
 
     Attributes
     ----------
-    computing : Computing
+    executor : DeviceExecutor
         Where the model computes.
     settings : GenerationConfig
         The model's own generation settings.
@@ -38,65 +38,65 @@ class SharedDecoding:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._device = input_device(model)
-        self.computing = Computing.on(self._device)
+        self.executor = DeviceExecutor.on(self._device)
         self.settings = model.generation_config
         self._renew()
         make_anew_in_child(self._renew)
 
     def _renew(self) -> None:
         self._meeting = threading.Condition()
-        self._replies: list[Reply] = []
+        self._requests: list[ActiveRequest] = []
         self._led = False
         self._graphs = GraphedSteps(self._model)
 
-    def run(self, reply: Reply) -> None:
+    def run(self, request: ActiveRequest) -> None:
         """Prefill a reply, and decode it to its end; one thread of those that wait leads."""
-        self.computing.run(lambda: self._prefill(reply), rest=False)
+        self.executor.run(lambda: self._prefill(request), release_helpers=False)
         with self._meeting:
-            self._replies.append(reply)
+            self._requests.append(request)
         try:
-            while self._leads(reply):
+            while self._leads(request):
                 try:
-                    self.computing.run(self._step, rest=False)
+                    self.executor.run(self._step, release_helpers=False)
                 finally:
                     with self._meeting:
                         self._led = False
                         self._meeting.notify_all()
         finally:  # also when the thread that waits is interrupted
-            self._graphs.leave(reply.cache)
-            self.computing.rest()
+            self._graphs.leave(request.cache)
+            self.executor.release_helpers()
             with self._meeting:
-                self._replies = [other for other in self._replies if other is not reply]
-        if reply.error is not None:
-            raise reply.error
+                self._requests = [other for other in self._requests if other is not request]
+        if request.error is not None:
+            raise request.error
 
-    def _prefill(self, reply: Reply) -> None:
+    def _prefill(self, request: ActiveRequest) -> None:
         logits = self._model(
-            **arguments(self._model, reply.ids, reply.cache), logits_to_keep=1
+            **arguments(self._model, request.ids, request.cache), logits_to_keep=1
         ).logits
-        reply.take(logits[:, -1])
+        request.take(logits[:, -1])
 
-    def _leads(self, reply: Reply) -> bool:
+    def _leads(self, request: ActiveRequest) -> bool:
         """Wait until this reply has ended, or nobody steps: then this thread does."""
         with self._meeting:
-            self._meeting.wait_for(lambda: reply.ended or not self._led)
-            if not reply.ended:
+            self._meeting.wait_for(lambda: request.ended or not self._led)
+            if not request.ended:
                 self._led = True
-            return not reply.ended
+            return not request.ended
 
     def _step(self) -> None:
         with self._meeting:
-            replies = [reply for reply in self._replies if not reply.ended]
+            requests = [request for request in self._requests if not request.ended]
         try:
-            tokens = [int(reply.ids[0, -1]) for reply in replies]
-            caches = [reply.cache for reply in replies]
+            tokens = [int(request.ids[0, -1]) for request in requests]
+            caches = [request.cache for request in requests]
             logits = self._graphs.step(tokens, caches)
         except BaseException as error:
-            for reply in replies:
-                reply.error = error
+            for request in requests:
+                request.error = error
             return
-        for place, reply in enumerate(replies):
+        for place, request in enumerate(requests):
             try:
-                reply.take(logits[place])
+                request.take(logits[place])
             except BaseException as error:  # its own affair
-                reply.error = error
+                request.error = error

@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from a3_engine.decoding.active_request import Reply
-from a3_engine.decoding.batching import SharedDecoding
+from a3_engine.decoding.active_request import ActiveRequest
+from a3_engine.decoding.batching import BatchedDecoder
 from a3_engine.decoding.grammar import FollowGrammar
 from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.decoding.sampling import Sampling
@@ -34,7 +34,7 @@ def decode(
     sampling: Sampling,
     emitter: TextEmitter,
     abandoned: Callable[[], bool],
-    shared: SharedDecoding,
+    decoder: BatchedDecoder,
     recorder: RecordLogprobs | None = None,
 ) -> str:
     """Generate an answer to the prompt ``ids`` and return why it ended.
@@ -48,7 +48,7 @@ def decode(
     str
         ``"stop"`` (end token or stop string), ``"length"``, or ``"abandoned"``.
     """
-    eos = shared.settings.eos_token_id
+    eos = decoder.settings.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     ends = eos if isinstance(eos, list) else [eos]
     before: list[LogitsProcessor] = [] if recorder is None else [recorder]
@@ -57,11 +57,11 @@ def decode(
     processors = sampling.processors(before)
     if cache is not None:
         if isinstance(cache, FusedCache) and cache.fusion is not None:
-            cache.fusion.last_only = True
-        reply = Reply(model, ids, cache, sampling, processors, ends, emitter, abandoned)
-        shared.run(reply)
+            cache.fusion.last_token_only = True
+        request = ActiveRequest(model, ids, cache, sampling, processors, ends, emitter, abandoned)
+        decoder.run(request)
         emitter.end()
-        return str(reply.reason)
+        return str(request.reason)
 
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -88,9 +88,9 @@ def decode(
                     torch.manual_seed(sampling.seed)
                 return model.generate(inputs, **options)
         finally:
-            model.generation_config = shared.settings
+            model.generation_config = decoder.settings
 
-    output = shared.computing.run(generate)
+    output = decoder.executor.run(generate)
     emitter.end()
     if abandoned():
         return "abandoned"

@@ -108,7 +108,7 @@ def _fused(
 ) -> tuple[FusedCache, torch.Tensor, float]:
     """The cache that decoding goes on with, the first token's logits, and the seconds to them."""
     started = time.perf_counter()
-    _, cache = engine.fuse(
+    _, cache = engine.prepare(
         prompt, selector=method.selector, compression=method.compression, room=room
     )
     first = _forward(engine, prompt.ids, cache)[-1:]

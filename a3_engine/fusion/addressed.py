@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from a3_engine.fusion.cache import FusedLayer
 from a3_engine.model.batch_cache import BatchCache
-from a3_engine.model.masks import Addressed, Ragged
+from a3_engine.model.masks import Addressed, DecodeMask
 from a3_engine.native import kernels_on
 
 COLUMNS = 4  # addresses of keys and values, the step from head to head, tokens there
@@ -95,7 +95,7 @@ class AddressedCache(BatchCache):
         layers = [AddressedLayer(Addresses(one, grown, kv_heads)) for one in table]
         Cache.__init__(self, layers=layers)  # type: ignore[arg-type]
         self.lengths = [0] * table.shape[1]
-        self.mask = Ragged()
+        self.mask = DecodeMask()
 
 
 class Seat:

@@ -10,7 +10,7 @@ import torch
 from a3_engine.devices import send
 from a3_engine.layout import Layout
 from a3_engine.model.attention import multiply
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 Pool = Literal["mean", "max"]
 
@@ -33,11 +33,11 @@ class AttentionSums:
         self._layers, self._pool = layers, pool
         self._question = layout.question
         self._first, self._after = layout.question_start, layout.later_in_question
-        self._rows: Rows | None = None
+        self._rows: RowMask | None = None
         self._by_layer: dict[int, torch.Tensor] = {}
 
     def observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         """Add one layer; query and key as the attention function gets them."""
         if layer not in self._layers:

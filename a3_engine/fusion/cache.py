@@ -22,17 +22,17 @@ from a3_engine.segments import Segment
 
 # Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
 # rows are written; may change in place what is stored, and the rows.
-Correction = Callable[[int, "FusedLayer", torch.Tensor, torch.Tensor, torch.Tensor], None]
+BeforeWrite = Callable[[int, "FusedLayer", torch.Tensor, torch.Tensor, torch.Tensor], None]
 ROOM = 256  # tokens added when a buffer is full; a doubled 4k prompt would waste memory
 
 
 class Steering(Protocol):
     """What rewrites a decoder layer's input during the first forward over a pending cache.
 
-    ``last_only`` says whether the forward's caller wants the last token's logits alone.
+    ``last_token_only`` says whether the forward's caller wants the last token's logits alone.
     """
 
-    last_only: bool
+    last_token_only: bool
 
     def before_layer(
         self,
@@ -66,7 +66,7 @@ class FusedLayer(DynamicLayer):
         with an entry for each.
     n_prompt : int
         Slots of the prompt; those beyond take the answer.
-    left_out : int
+    n_evicted : int
         Tokens of the prompt that have no slot, as after compression. The model goes on counting
         positions as if they were there.
     is_sliding : bool
@@ -83,14 +83,14 @@ class FusedLayer(DynamicLayer):
         keys: torch.Tensor,
         values: torch.Tensor,
         n_prompt: int,
-        left_out: int = 0,
+        n_evicted: int = 0,
         is_sliding: bool = False,
     ) -> None:
         super().__init__()
         self.is_sliding = is_sliding  # transformers makes one mask for each kind of layer
         self._keys, self._values = keys, values
         self.n_prompt = n_prompt
-        self.left_out = left_out
+        self.n_evicted = n_evicted
         self.length = 0
         self.rows: torch.Tensor | None = None
         self.on_arrival: Callable[[], None] | None = None
@@ -201,17 +201,17 @@ class FusedLayer(DynamicLayer):
             )
             for buffer in (self._keys, self._values)
         )
-        left_out = self.left_out + self.n_prompt - n_kept
-        layer = FusedLayer(keys, values, n_kept, left_out, self.is_sliding)
+        n_evicted = self.n_evicted + self.n_prompt - n_kept
+        layer = FusedLayer(keys, values, n_kept, n_evicted, self.is_sliding)
         layer.length = 0 if self.pending else n_kept
         layer._show()
         return layer
 
     def get_seq_length(self) -> int:
-        return 0 if self.pending else self.length + self.left_out
+        return 0 if self.pending else self.length + self.n_evicted
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0 if self.pending else self.left_out
+        return self.length + query_length, 0 if self.pending else self.n_evicted
 
     def crop(self, tokens_to_remove: int) -> None:
         self.length -= abs(tokens_to_remove)
@@ -231,7 +231,7 @@ class FusedCache(Cache):
         Whether the forward that goes on now is the first.
     observer : callable or None
         Sees every attention of the tokens behind the prompt; see
-        :class:`~a3_engine.model.masks.Rows`, whose positions are slots here.
+        :class:`~a3_engine.model.masks.RowMask`, whose positions are slots here.
     compressor : Compressor or None
         Cuts the cache behind the first token.
     on_device : list of (Segment, ChunkKV)
@@ -258,13 +258,13 @@ class FusedCache(Cache):
             ]
         )
 
-    def keep(self, slots: Sequence[torch.Tensor | None]) -> None:
-        """Forget all but the given slots of the prompt, layer by layer; None keeps a layer."""
+    def retain(self, slots: Sequence[torch.Tensor | None]) -> None:
+        """Evict all but the given slots of the prompt, layer by layer; None keeps a whole layer."""
         for index, at in enumerate(slots):
             if at is not None:
                 self.layers[index] = self.layers[index].gather(at, ROOM)
 
-    def narrowed(self, positions: torch.Tensor, room: int = 0) -> FusedCache:
+    def subset(self, positions: torch.Tensor, room: int = 0) -> FusedCache:
         """A cache of its own with only these tokens of the prompt, given as sorted positions."""
         cache = self.gathered([positions] * len(self.layers), room)
         cache.positions = positions

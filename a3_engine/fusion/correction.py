@@ -22,7 +22,7 @@ from a3_engine.native import kernels_on, loops
 
 
 @dataclass(frozen=True)
-class DriftRepair:
+class KVCorrection:
     """How far the others follow.
 
     Parameters
@@ -40,12 +40,12 @@ class DriftRepair:
     probes: int = 64
 
 
-class Drift:
+class Corrector:
     """One request's repair, applied as each layer's recomputed rows arrive.
 
     Parameters
     ----------
-    repair : DriftRepair
+    correction : KVCorrection
     layout : Layout
         Chunk tokens are moved; those that are exact are not, and are no probes either.
     rotation : Rotation
@@ -56,19 +56,19 @@ class Drift:
 
     def __init__(
         self,
-        repair: DriftRepair,
+        correction: KVCorrection,
         layout: Layout,
         rotation: Rotation,
         devices: Sequence[torch.device],
     ) -> None:
-        self._repair = repair
+        self._settings = correction
         movable = torch.zeros(layout.n_tokens, dtype=torch.bool)
         inexact = [slice(s.start + s.exact, s.stop) for s in layout.chunks]
         for span in inexact:
             movable[span] = True
         self._span = slice(inexact[0].start, inexact[-1].stop) if inexact else slice(0, 1)
         self._movable = send(movable, devices[0])
-        self._share = send(repair.strength * movable[self._span].float(), devices[0])
+        self._share = send(correction.strength * movable[self._span].float(), devices[0])
         self._tables = rotation.tables_up_to(layout.n_tokens, devices)
         self._rows: torch.Tensor | None = None
 
@@ -110,7 +110,7 @@ class Drift:
                 count,
                 (fresh_key[0], fresh_value[0]),
                 self._tables[index],
-                self._repair.temperature,
+                self._settings.temperature,
             )
             return
         which = which[: int(count)]
@@ -137,12 +137,12 @@ class Drift:
                 probes,
                 (key_moves, value_moves),
                 table,
-                self._repair.temperature,
+                self._settings.temperature,
             )
             return
         everyone = _flat(values)
         lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True).clamp(min=1e-12)
-        alike = (everyone @ _flat(probes).T).div_(lengths * self._repair.temperature)
+        alike = (everyone @ _flat(probes).T).div_(lengths * self._settings.temperature)
         weights = torch.softmax(alike, dim=-1, out=alike).mul_(share[:, None])
         for of_head, moves in zip(values, value_moves, strict=True):
             of_head.addmm_(weights, moves)
@@ -159,7 +159,7 @@ class Drift:
         """
         passed = self._movable.index_select(0, rows).cumsum(0)
         n_movable = passed[-1]
-        limit = min(self._repair.probes, len(rows))
+        limit = min(self._settings.probes, len(rows))
         nth = torch.arange(limit, device=rows.device)
         spread = nth * (n_movable - 1).clamp(min=0) // max(limit - 1, 1)
         nth = torch.where(n_movable > limit, spread, nth)

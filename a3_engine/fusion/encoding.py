@@ -14,7 +14,7 @@ from a3_engine.fusion.loading import allocate, load_chunks
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.layout import Layout
-from a3_engine.model.executor import Computing
+from a3_engine.model.executor import DeviceExecutor
 from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import Rotation, rotate_
 
@@ -33,12 +33,14 @@ class ChunkEncoder:
     decoder : PreTrainedModel
         The model without its language-model head, with the hooks of the fusion pass.
     rotation : Rotation
-    computing : Computing
+    executor : DeviceExecutor
         Where the model computes.
     """
 
-    def __init__(self, decoder: PreTrainedModel, rotation: Rotation, computing: Computing) -> None:
-        self._decoder, self._rotation, self._computing = decoder, rotation, computing
+    def __init__(
+        self, decoder: PreTrainedModel, rotation: Rotation, executor: DeviceExecutor
+    ) -> None:
+        self._decoder, self._rotation, self._executor = decoder, rotation, executor
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +67,7 @@ class ChunkEncoder:
             started = time.perf_counter()
             return encode_chunks(self._decoder, self._rotation, chunks, prefix), started
 
-        return self._computing.run(work)
+        return self._executor.run(work)
 
 
 def batches(
@@ -118,7 +120,7 @@ def encode_chunks(
         load_chunks(cache, rotation, [(0, prefix)])
     own = torch.arange(behind, n_tokens)
     layout = Layout(n_tokens, (), behind, fresh=own, question=own, reused=behind)
-    FusionPass(cache, layout, FullReuse()).last_only = True
+    FusionPass(cache, layout, FullReuse()).last_token_only = True
     # The prefix's rows are cut off ahead of the first layer, so that any token does for them.
     rows = [[ids[0]] * behind + list(ids) for ids in chunks]
     run_pass(decoder, [ids + ids[-1:] * (n_tokens - len(ids)) for ids in rows], cache)

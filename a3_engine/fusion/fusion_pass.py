@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from a3_engine.devices import send
-from a3_engine.fusion.cache import Correction, FusedCache, FusedLayer
-from a3_engine.fusion.layer_pruning import Narrowing
+from a3_engine.fusion.cache import BeforeWrite, FusedCache, FusedLayer
+from a3_engine.fusion.layer_pruning import LayerPruning
 from a3_engine.fusion.selectors.base import (
     BoundarySelector,
     LayerSelector,
@@ -33,7 +33,7 @@ from a3_engine.layout import Layout
 from a3_engine.model.attention import install, project
 from a3_engine.model.batch_cache import BatchCache
 from a3_engine.model.cache_argument import cache_in, with_cache
-from a3_engine.model.masks import Near, Observer, Rows
+from a3_engine.model.masks import LocalGlobal, Observer, RowMask
 
 # What a layer is called with that has a part for each row, beside its positional arguments.
 SLICED = {"hidden_states", "per_layer_input", "position_embeddings"}
@@ -56,10 +56,10 @@ class FusionPass:
         Picks the chunk tokens to recompute. At ratio 1.0 and 0.0 there is nothing to pick.
     abandoned : callable
         Asked before every layer; true stops the pass with :class:`Abandoned`.
-    correct : callable or None
-        Called before a layer's rows are written; see `Correction`.
+    before_write : callable or None
+        Called before a layer's rows are written; see `BeforeWrite`.
     observer : callable or None
-        Sees every attention of the pass; see :class:`~a3_engine.model.masks.Rows`.
+        Sees every attention of the pass; see :class:`~a3_engine.model.masks.RowMask`.
 
     Attributes
     ----------
@@ -68,14 +68,14 @@ class FusionPass:
     rows : torch.Tensor
         Sorted positions of all tokens that are computed; until the selection, of all there are.
         They may become fewer from layer to layer.
-    narrowing : Narrowing or None
+    pruning : LayerPruning or None
         What makes them fewer, once the selection is known.
-    near : (int, Near) or None
+    local_global : (int, LocalGlobal) or None
         From which layer on the rows see less than everything, and what; not in layers with a
         sliding window of their own.
     lookahead : torch.Tensor or None
         Queries of a drafted answer at the selecting layer, ``(1, heads, drafted, head_dim)``.
-    last_only : bool
+    last_token_only : bool
         Whether the forward's caller wants the last token's logits alone: the last layer then
         computes of the other rows what the cache keeps, their keys and values.
     selected_at : float
@@ -90,7 +90,7 @@ class FusionPass:
         layout: Layout,
         selector: Selector,
         abandoned: Callable[[], bool] = lambda: False,
-        correct: Correction | None = None,
+        before_write: BeforeWrite | None = None,
         observer: Observer | None = None,
     ) -> None:
         # The cache holds the pass, and not the pass the cache: in a circle, its memory would wait
@@ -102,11 +102,11 @@ class FusionPass:
         self.abandoned = abandoned
         self.observer = observer
         self.lookahead: torch.Tensor | None = None
-        self._correct = correct
+        self._before_write = before_write
         self.selected: torch.Tensor | None = None
-        self.narrowing: Narrowing | None = None
-        self.near: tuple[int, Near] | None = None
-        self.last_only = False
+        self.pruning: LayerPruning | None = None
+        self.local_global: tuple[int, LocalGlobal] | None = None
+        self.last_token_only = False
         self.selected_at = self.select_seconds = 0.0
         self._key_positions = cache.positions
         if cache.positions is None:
@@ -115,7 +115,9 @@ class FusionPass:
             self._key_positions = self._everything = send(cache.positions, self._home)
         self.rows = self._everything
         self._given = self._everything  # the positions of what the forward was called with
-        self._masks: dict[bool, Rows] = {}  # of the current rows, by whether they see less than all
+        self._masks: dict[
+            bool, RowMask
+        ] = {}  # of the current rows, by whether they see less than all
         # What the forward hands to every layer, cut to the current rows once.
         self._cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._started = time.perf_counter()
@@ -133,12 +135,14 @@ class FusionPass:
         elif isinstance(selector, BoundarySelector):
             self.take(selector.select(layout))
 
-    def take(self, selected: torch.Tensor, near: tuple[int, Near] | None = None) -> None:
+    def take(
+        self, selected: torch.Tensor, local_global: tuple[int, LocalGlobal] | None = None
+    ) -> None:
         """Recompute these chunk tokens, each given once, in any order.
 
         From a layer on they may see less than everything before them.
         """
-        self.near = near
+        self.local_global = local_global
         # What is picked and what is fresh never meet, so that their number is known without asking
         # the device.
         self.selected = send(selected, self._home).sort().values
@@ -148,9 +152,9 @@ class FusionPass:
             else torch.cat([self.selected, self.layout.fresh]).sort().values
         )
         if isinstance(self.selector, QuestionSelector) and 0.0 < self.selector.ratio < 1.0:
-            stages = self.selector.stages(len(self._sliding))
-            self.narrowing = Narrowing(
-                stages, self._sliding, self.layout, self.selected, self.selector.pool
+            kept_per_layer = self.selector.kept_per_layer(len(self._sliding))
+            self.pruning = LayerPruning(
+                kept_per_layer, self._sliding, self.layout, self.selected, self.selector.pool
             )
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
@@ -167,15 +171,29 @@ class FusionPass:
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
         """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
-        before = self.rows, self.selected, self.narrowing, self.near, self._correct, self.observer
+        before = (
+            self.rows,
+            self.selected,
+            self.pruning,
+            self.local_global,
+            self._before_write,
+            self.observer,
+        )
         self._go_on_with(self.layout.fresh)
         self.selected = self.layout.fresh[:0]
-        self.narrowing = self.near = self._correct = None
+        self.pruning = self.local_global = self._before_write = None
         self.observer = observer
         try:
             yield
         finally:
-            rows, self.selected, self.narrowing, self.near, self._correct, self.observer = before
+            (
+                rows,
+                self.selected,
+                self.pruning,
+                self.local_global,
+                self._before_write,
+                self.observer,
+            ) = before
             self._go_on_with(rows)
 
     def before_layer(
@@ -202,8 +220,8 @@ class FusionPass:
             and index == self.selector.layer
         ):
             self._select_at(cache.layers[index], layer, args, kwargs)
-        if self.narrowing is not None and self.narrowing.begins(index):
-            before, left = self.rows, self.narrowing.pick(index)
+        if self.pruning is not None and self.pruning.prunes_at(index):
+            before, left = self.rows, self.pruning.pick(index)
             self._go_on_with(torch.cat([left, self.layout.fresh]).sort().values)
             args, kwargs = self._sliced(args, kwargs, before)
         if index >= len(cache.layers):
@@ -211,17 +229,17 @@ class FusionPass:
         cached, mask = cache.layers[index], self._shared_mask(index)
         cached.rows = mask.slots
         cached.before_write = (
-            partial(self._correct, index, cached, self.rows)
-            if self._correct and self.selected is not None
+            partial(self._before_write, index, cached, self.rows)
+            if self._before_write and self.selected is not None
             else None
         )
         args, kwargs = self._sliced(args, kwargs, self._given)
-        if self.last_only and index == len(cache.layers) - 1 and self.observer is None:
+        if self.last_token_only and index == len(cache.layers) - 1 and self.observer is None:
             _, key, value = project(layer, args, kwargs)
             cached.complete(key, value)
             before = self.rows
             self._go_on_with(self.rows[-1:])
-            mask = Rows(self.rows, self._key_positions)
+            mask = RowMask(self.rows, self._key_positions)
             args, kwargs = self._sliced(args, kwargs, before)
         return args, {**kwargs, "attention_mask": mask}
 
@@ -234,26 +252,26 @@ class FusionPass:
         """
         args, kwargs = self._sliced(args, kwargs, self._given)
         n_rows = (args[0] if args else kwargs["hidden_states"]).shape[-2]
-        return args, {**kwargs, "attention_mask": Rows(self.rows[-n_rows:], self._key_positions)}
+        return args, {**kwargs, "attention_mask": RowMask(self.rows[-n_rows:], self._key_positions)}
 
-    def _shared_mask(self, index: int) -> Rows:
+    def _shared_mask(self, index: int) -> RowMask:
         """The current rows as a mask, made once for all layers where they see the same."""
-        first, near = self.near or (0, None)
+        first, local_global = self.local_global or (0, None)
         if self._sliding[index] or index < first:
-            near = None
-        if (near is not None) not in self._masks:
-            self._masks[near is not None] = Rows(
-                self.rows, self._key_positions, self._observe, near
+            local_global = None
+        if (local_global is not None) not in self._masks:
+            self._masks[local_global is not None] = RowMask(
+                self.rows, self._key_positions, self._observe, local_global
             )
-        return self._masks[near is not None]
+        return self._masks[local_global is not None]
 
     def _observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         if self.observer is not None:
             self.observer(layer, query, key, rows, scaling)
-        if self.narrowing is not None:
-            self.narrowing.observe(layer, query, key, rows, scaling)
+        if self.pruning is not None:
+            self.pruning.observe(layer, query, key, rows, scaling)
 
     def _sliced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: torch.Tensor
@@ -361,7 +379,7 @@ def install_hooks(model: PreTrainedModel) -> None:
             if cache.observer is not None and index < len(cache.layers):
                 hidden = args[0] if args else kwargs["hidden_states"]
                 slots = cache.layers[index].length + torch.arange(hidden.shape[1])
-                return args, {**kwargs, "attention_mask": Rows(slots, observer=cache.observer)}
+                return args, {**kwargs, "attention_mask": RowMask(slots, observer=cache.observer)}
             return None
 
         return hook

@@ -16,15 +16,15 @@ import torch
 from a3_engine.fusion.attention_sums import AttentionSums, Pool
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 
-class Narrowing:
+class LayerPruning:
     """The picked tokens that a pass goes on with, stage by stage.
 
     Parameters
     ----------
-    stages : mapping of int to float
+    kept_per_layer : mapping of int to float
         For some layers, in ascending order from 1 on, the share of the picked tokens that is
         computed from there on. What lies beyond the last layer is never reached.
     sliding : sequence of bool
@@ -37,43 +37,45 @@ class Narrowing:
 
     Attributes
     ----------
-    left : dict of int to torch.Tensor
+    survivors : dict of int to torch.Tensor
         Sorted positions of those computed from a layer on, for every stage that was reached.
     """
 
     def __init__(
         self,
-        stages: Mapping[int, float],
+        kept_per_layer: Mapping[int, float],
         sliding: Sequence[bool],
         layout: Layout,
         selected: torch.Tensor,
         pool: Pool,
     ) -> None:
-        self._stages = {stage: share for stage, share in stages.items() if stage < len(sliding)}
+        self._kept_per_layer = {
+            stage: share for stage, share in kept_per_layer.items() if stage < len(sliding)
+        }
         self._selected = selected
         self._shown_by = {
             stage: next(
                 (layer for layer in reversed(range(stage)) if not sliding[layer]), stage - 1
             )
-            for stage in self._stages
+            for stage in self._kept_per_layer
         }
         self._sums = AttentionSums(layout, set(self._shown_by.values()), pool)
-        self.left: dict[int, torch.Tensor] = {}
+        self.survivors: dict[int, torch.Tensor] = {}
 
     def observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         """See every attention of the pass."""
         self._sums.observe(layer, query, key, rows, scaling)
 
-    def begins(self, layer: int) -> bool:
+    def prunes_at(self, layer: int) -> bool:
         """Whether fewer tokens are computed from this layer on."""
-        return layer in self._stages
+        return layer in self._kept_per_layer
 
     def pick(self, layer: int) -> torch.Tensor:
         """Sorted positions of the tokens that go on from this layer."""
-        before = next(reversed(self.left.values()), self._selected)
+        before = next(reversed(self.survivors.values()), self._selected)
         attended = self._sums.of(self._shown_by[layer])
-        n_left = round(self._stages[layer] * len(self._selected))
-        self.left[layer] = top_candidates(attended, before, n_left).sort().values
-        return self.left[layer]
+        n_left = round(self._kept_per_layer[layer] * len(self._selected))
+        self.survivors[layer] = top_candidates(attended, before, n_left).sort().values
+        return self.survivors[layer]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.model.cache_argument import with_cache
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 
 @torch.inference_mode()
@@ -33,7 +33,7 @@ def lookahead_queries(
     drafted: list[list[torch.Tensor]] = [[] for _ in cache.layers]
 
     def record(
-        layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         drafted[layer].append(query)
 

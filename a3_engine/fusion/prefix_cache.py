@@ -1,13 +1,12 @@
-"""Kept conversations: the cache of one turn serves the next, which begins with all its tokens.
+"""The prefix cache: what one request leaves serves the next that begins with all its tokens.
 
 The next prompt of a chat is usually the last one, its answer, and something new. Keys and values
-depend on nothing behind them, so those of the old tokens can stay; only the new ones are computed,
-or fused where they are chunks. A prompt that begins in any other way shares nothing and is fused
-as a whole.
+depend on nothing that comes after them, so those of the old tokens stay; only the new ones are
+computed, or fused where they are chunks. A prompt that begins in any other way shares nothing and
+is fused as a whole.
 
-A kept cache is as exact as it was made: where chunks were fused approximately, the turns that
-extend it go on with that approximation. It is therefore handed to the same method at the same ratio
-only.
+A cached prefix is as exact as it was made: where chunks were fused approximately, the turns that
+extend it go on with that approximation. It therefore serves the same method at the same ratio only.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.processes import Lock
 
-MAX_TURNS = 4  # a few conversations, or a few branches of one
+MAX_PREFIXES = 4  # a few conversations, or a few branches of one
 MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Turn:
+class CachedPrefix:
     """One answered request. What it holds is never written again.
 
     Parameters
@@ -82,53 +81,55 @@ class Turn:
             own_values[:, :, :tokens] = values[:, :, :tokens]
 
 
-class Turns:
+class PrefixCache:
     """The last turns of one model, bounded by number and by bytes; safe to use from threads."""
 
-    def __init__(self, max_turns: int = MAX_TURNS, max_bytes: int = MAX_BYTES) -> None:
-        self._max_turns, self._max_bytes = max_turns, max_bytes
-        self._turns: list[Turn] = []  # the one used last is the last
+    def __init__(self, max_prefixes: int = MAX_PREFIXES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_prefixes, self._max_bytes = max_prefixes, max_bytes
+        self._prefixes: list[CachedPrefix] = []  # the one used last is the last
         self._lock = Lock()
         self._closed = False
 
-    def keep(self, ids: Sequence[int], n_prompt: int, selector: Selector, cache: Cache) -> None:
+    def put(self, ids: Sequence[int], n_prompt: int, selector: Selector, cache: Cache) -> None:
         """Keep a finished request's cache; nobody may write it from now on."""
         states = tuple((layer.keys, layer.values) for layer in cache.layers)
-        turn = Turn(tuple(ids), n_prompt, selector, states)
+        prefix = CachedPrefix(tuple(ids), n_prompt, selector, states)
         with self._lock:
-            if self._closed or turn.nbytes > self._max_bytes:
+            if self._closed or prefix.nbytes > self._max_bytes:
                 return
-            self._turns = [
-                kept for kept in self._turns if (kept.ids, kept.selector) != (turn.ids, selector)
+            self._prefixes = [
+                kept
+                for kept in self._prefixes
+                if (kept.ids, kept.selector) != (prefix.ids, selector)
             ]
-            self._turns.append(turn)
+            self._prefixes.append(prefix)
             while (
-                len(self._turns) > self._max_turns
-                or sum(kept.nbytes for kept in self._turns) > self._max_bytes
+                len(self._prefixes) > self._max_prefixes
+                or sum(kept.nbytes for kept in self._prefixes) > self._max_bytes
             ):
-                del self._turns[0]
+                del self._prefixes[0]
 
-    def find(self, ids: Sequence[int], selector: Selector) -> tuple[Turn | None, int]:
+    def find(self, ids: Sequence[int], selector: Selector) -> tuple[CachedPrefix | None, int]:
         """The turn by this method that a prompt shares most tokens with, and how many."""
         with self._lock:
             shared = [
-                (turn.shared(ids), place)
-                for place, turn in enumerate(self._turns)
-                if turn.selector == selector
+                (prefix.shared(ids), place)
+                for place, prefix in enumerate(self._prefixes)
+                if prefix.selector == selector
             ]
             tokens, place = max(shared, default=(0, 0))
             if not tokens:
                 return None, 0
-            self._turns.append(self._turns.pop(place))
-            return self._turns[-1], tokens
+            self._prefixes.append(self._prefixes.pop(place))
+            return self._prefixes[-1], tokens
 
     def clear(self) -> None:
         """Forget all turns."""
         with self._lock:
-            self._turns.clear()
+            self._prefixes.clear()
 
     def close(self) -> None:
         """Forget all turns, and keep none from now on."""
         with self._lock:
             self._closed = True
-            self._turns.clear()
+            self._prefixes.clear()

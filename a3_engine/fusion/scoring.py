@@ -12,7 +12,7 @@ from a3_engine.devices import send
 from a3_engine.fusion.attention_sums import AttentionSums, Pool
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fusion_pass import FusionPass, run_pass
-from a3_engine.model.masks import Observer, Rows
+from a3_engine.model.masks import Observer, RowMask
 
 
 class _Seen(Exception):
@@ -23,7 +23,7 @@ def _up_to(last: int, observer: Observer) -> Observer:
     """The observer of a pass that ends with this layer's attention."""
 
     def observe(
-        layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         observer(layer, query, key, rows, scaling)
         if layer == last:
@@ -73,7 +73,7 @@ def question_alone(
     sums = AttentionSums(layout, layers, pool)
 
     def observe(
-        layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         loaded = cache.layers[layer].stored()[0].clone()
         positions = rows.key_positions
@@ -81,7 +81,7 @@ def question_alone(
         loaded.index_copy_(2, send(positions, key.device), key)
         sums.observe(layer, query, loaded, rows, scaling)
 
-    without_chunks = cache.narrowed(layout.with_chunk_tokens(layout.chunk_positions[:0]))
+    without_chunks = cache.subset(layout.with_chunk_tokens(layout.chunk_positions[:0]))
     alone = FusionPass(without_chunks, layout, fusion.selector)
     with alone.only_fresh(_up_to(layers[-1], observe)), suppress(_Seen):
         run_pass(decoder, [ids], without_chunks)

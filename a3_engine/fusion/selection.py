@@ -72,9 +72,9 @@ def begin(
             )
         local = local_queries(selector)
         kept = sparse_positions(model, rotation, cache, layout, selector, ids, local)
-        cache = cache.narrowed(kept, room)
-    correct = selector.correction(layout, rotation, cache.devices)
-    fusion = FusionPass(cache, layout, selector, abandoned, correct, observer)
+        cache = cache.subset(kept, room)
+    before_write = selector.before_write(layout, rotation, cache.devices)
+    fusion = FusionPass(cache, layout, selector, abandoned, before_write, observer)
     layout = fusion.layout
     if fusion.selected is not None:
         return cache
@@ -84,8 +84,8 @@ def begin(
         look = question_alone if selector.alone else question_attention
         layers = selector.layers(len(cache.layers))
         attention = look(model.get_decoder(), cache, fusion, ids, layers, selector.pool)
-        near = selector.near(layout, attention, len(cache.layers))
-        fusion.take(selector.select(layout, attention), near)
+        local_global = selector.local_global(layout, attention, len(cache.layers))
+        fusion.take(selector.select(layout, attention), local_global)
     elif isinstance(selector, LayerSelector) and selector.drafted:
         device = model.get_input_embeddings().weight.device
         with fusion.only_fresh():

@@ -15,7 +15,7 @@ from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 from a3_engine.model.rotary import Rotation, rotate_
 
 REMEMBERED = 4096  # local queries kept in memory; a few kB each
@@ -100,7 +100,7 @@ def mean_queries(
     means: list[torch.Tensor] = []
 
     def record(
-        layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         if layer in layers:
             cos, sin = tables[layer]
@@ -133,7 +133,7 @@ def sparse_positions(
         The chunks' local queries without position, ``(chunks, layers, heads, head_dim)``.
     """
     layers = selector.layers(len(cache.layers))
-    background = cache.narrowed(layout.with_chunk_tokens(selector.background(layout)))
+    background = cache.subset(layout.with_chunk_tokens(selector.background(layout)))
     question = mean_queries(model.get_decoder(), rotation, background, layout, ids, layers)
     last = rotation.tables(torch.tensor([layout.n_tokens - 1]))
     keys = torch.stack([cache.layers[layer].stored()[0][0] for layer in layers])

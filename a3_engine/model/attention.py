@@ -3,8 +3,9 @@
 transformers lets a program register attention functions by name; every Llama-like model calls the
 registered function with the queries after rotation and the keys and values that the cache returned.
 The function here does ordinary attention, by the implementation that the model had before, unless
-the layer's `attention_mask` is a :class:`Rows`: then the rows stand at arbitrary positions and see
-exactly the keys at positions not after their own, or those of them that `Rows.near` leaves.
+the layer's `attention_mask` is a :class:`RowMask`: then the rows stand at arbitrary positions and
+see exactly the keys at positions not after their own, or those of them that
+`RowMask.local_global` leaves.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from a3_engine import native
 from a3_engine.devices import send
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.cache_argument import without_cache
-from a3_engine.model.masks import Addressed, Ragged, Rows, Scratch
+from a3_engine.model.masks import Addressed, DecodeMask, RowMask, Scratch
 
 PREFIX = "a3_"
-# Arguments of attention functions that say what `Rows` says, or nothing where nobody trains.
+# Arguments of attention functions that say what `RowMask` says, or nothing where nobody trains.
 HARMLESS = frozenset(
     {
         "cache_position",
@@ -85,9 +86,9 @@ def install(model: PreTrainedModel) -> None:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(attention_mask, Rows):
+        if isinstance(attention_mask, RowMask):
             return attend_rows(module, query, key, value, attention_mask, **kwargs), None
-        if isinstance(attention_mask, Ragged):
+        if isinstance(attention_mask, DecodeMask):
             return attend_ragged(query, key, value, attention_mask, **kwargs), None
         if isinstance(attention_mask, Capture):
             raise Captured(query, key, value, kwargs.get("sliding_window"))
@@ -109,7 +110,7 @@ def attend_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: Rows,
+    rows: RowMask,
     *,
     scaling: float,
     sliding_window: int | None = None,
@@ -125,7 +126,7 @@ def attend_rows(
         Shape ``(prompts, heads, rows, head_dim)``, rotated to the rows' positions.
     key, value : torch.Tensor
         Shape ``(prompts, kv_heads, tokens, head_dim)``.
-    rows : Rows
+    rows : RowMask
         Where the rows and the keys stand, in all prompts alike.
     scaling, sliding_window, softcap, s_aux
         As the model passes them to its attention function. ``s_aux`` are attention sinks: of each
@@ -142,7 +143,11 @@ def attend_rows(
     keys, values = list(key[:, None]), list(value[:, None])
     if native.attends(query, keys, values, softcap):
         first, last = rows.seen(sliding_window, query.device)
-        shared = send(rows.near.shared, query.device) if rows.near is not None else None
+        shared = (
+            send(rows.local_global.global_positions, query.device)
+            if rows.local_global is not None
+            else None
+        )
         return native.attend(query, keys, values, first, last, scaling, shared, softcap, s_aux)
     sinks = (
         None if s_aux is None else s_aux.view(1, key.shape[1], -1, 1).expand(len(key), -1, -1, 1)
@@ -165,7 +170,7 @@ def attend_ragged(
     query: torch.Tensor,
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
-    ragged: Ragged,
+    ragged: DecodeMask,
     *,
     scaling: float,
     sliding_window: int | None = None,

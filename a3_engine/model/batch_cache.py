@@ -14,13 +14,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from a3_engine.model.cache_argument import with_cache
-from a3_engine.model.masks import Ragged
+from a3_engine.model.masks import DecodeMask
 
 
 class BatchLayer:
     """The caches of one layer."""
 
-    is_sliding = False  # transformers would make a mask for it; attention sees `Ragged` instead
+    is_sliding = False  # transformers would make a mask for it; attention sees `DecodeMask` instead
     is_compileable = False
     is_initialized = True
 
@@ -51,7 +51,7 @@ class BatchCache(Cache):
         by_layer = zip(*(cache.layers for cache in caches), strict=True)
         super().__init__(layers=[BatchLayer(layers) for layers in by_layer])  # type: ignore[misc]
         self.lengths = [cache.get_seq_length() for cache in caches]
-        self.mask = Ragged()
+        self.mask = DecodeMask()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.lengths)

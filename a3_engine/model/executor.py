@@ -17,7 +17,7 @@ from a3_engine.processes import Lock, end_at_exit, make_anew_in_child
 
 Result = TypeVar("Result")
 
-_by_device: dict[str, Computing] = {}
+_by_device: dict[str, DeviceExecutor] = {}
 _making = Lock()
 END_S = 60.0  # for what is being computed when the program ends
 
@@ -25,8 +25,9 @@ END_S = 60.0  # for what is being computed when the program ends
 def _ending_helpers() -> Callable[[], object]:
     """What ends the calling thread's OpenMP helpers, where torch computes by GNU's OpenMP.
 
-    It gives every thread that computes helpers of its own, which stay; and with more of them than
-    processors none waits actively any more, so that every small operation has to wake them.
+    libgomp gives every thread that runs parallel code worker threads of its own, and keeps them.
+    With more workers than cores they stop spinning, and each small operation has to wake them. So
+    a thread ends its workers when it is done.
     """
     for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
         try:
@@ -40,7 +41,7 @@ def _ending_helpers() -> Callable[[], object]:
 _end_helpers = _ending_helpers()
 
 
-class Computing:
+class DeviceExecutor:
     """Runs work for one device.
 
     Two forwards at once on one device take longer than one after the other, and a second thread
@@ -59,15 +60,16 @@ class Computing:
         self._worker: _Worker | None = None
 
     @staticmethod
-    def on(device: torch.device) -> Computing:
+    def on(device: torch.device) -> DeviceExecutor:
         """That of a device, for all models on it."""
         with _making:
-            return _by_device.setdefault(str(device), Computing())
+            return _by_device.setdefault(str(device), DeviceExecutor())
 
-    def run(self, work: Callable[[], Result], *, rest: bool = True) -> Result:
+    def run(self, work: Callable[[], Result], *, release_helpers: bool = True) -> Result:
         """The work's result, or its error; from within other work it runs at once.
 
-        Where ``rest`` is false more work follows soon, and somebody calls `rest` after the last.
+        With ``release_helpers=False`` the caller has more work soon, and calls `release_helpers`
+        after the last of it.
         """
         if threading.get_ident() == self._holder:
             return work()
@@ -75,14 +77,14 @@ class Computing:
             try:
                 return self._take(work)
             finally:
-                if rest:
-                    self.rest()
+                if release_helpers:
+                    self.release_helpers()
         with _making:
             if self._worker is None:
                 self._worker = _Worker()
         return self._worker.run(lambda: self._take(work))
 
-    def rest(self) -> None:
+    def release_helpers(self) -> None:
         """Leave the processors to whatever thread computes next."""
         if threading.current_thread() is threading.main_thread():
             _end_helpers()
@@ -143,8 +145,8 @@ def undisturbed() -> Iterator[None]:
 
 
 def _end_all() -> None:
-    for computing in _by_device.values():
-        computing.end()
+    for executor in _by_device.values():
+        executor.end()
 
 
 end_at_exit(_end_all)

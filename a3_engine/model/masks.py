@@ -15,9 +15,9 @@ from a3_engine.devices import send
 # A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
 # small one in its caches. An accelerator wants large ones.
 CPU_BLOCK_ROWS, BLOCK_ROWS = 128, 1024
-NEAR_BLOCK_ROWS = 128  # rows that see only what is near touch fewer keys the closer they stand
+LOCAL_BLOCK_ROWS = 128  # rows that see only what is near touch fewer keys the closer they stand
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor, "Rows", float], None]
+Observer = Callable[[int, torch.Tensor, torch.Tensor, "RowMask", float], None]
 
 
 class Block(NamedTuple):
@@ -34,23 +34,23 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Near:
+class LocalGlobal:
     """Lets rows see less than all keys before them.
 
     Parameters
     ----------
-    shared : torch.Tensor
+    global_positions : torch.Tensor
         Sorted positions of the keys that every row sees, as far as they stand before it. They may
         end in some beyond the prompt, which nobody sees.
     window : int
         The row's own position and those just before it, which it sees too.
-    until : int
+    dense_from : int
         Rows from this position on see everything.
     """
 
-    shared: torch.Tensor
+    global_positions: torch.Tensor
     window: int
-    until: int
+    dense_from: int
 
 
 class Scratch:
@@ -82,7 +82,7 @@ class Addressed(ABC):
         """Attention of the newest token of each request, ``(requests, 1, heads, head_dim)``."""
 
 
-class Ragged:
+class DecodeMask:
     """Stands in for the attention mask of a decoding step: one row for each of several caches."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowMask:
     """Stands in for the attention mask of the layers in a pass.
 
     Parameters
@@ -101,7 +101,7 @@ class Rows:
         Sorted positions of the keys, there too; None where key ``j`` stands at position ``j``.
     observer : callable or None
         Called with ``(layer's index, query, key, rows, scaling)`` before the attention is computed.
-    near : Near or None
+    local_global : LocalGlobal or None
         What the rows see where it is not everything; for key ``j`` at position ``j``, and for
         layers without a sliding window.
     """
@@ -109,7 +109,7 @@ class Rows:
     positions: torch.Tensor
     key_positions: torch.Tensor | None = None
     observer: Observer | None = None
-    near: Near | None = None
+    local_global: LocalGlobal | None = None
     _seen: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -132,13 +132,13 @@ class Rows:
     def seen(self, window: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """For each row the first key that it sees, and the first behind those; ``(1, rows)``.
 
-        Beside these, it sees those that are `Near.shared`.
+        Beside these, it sees those that are `LocalGlobal.global_positions`.
         """
         if (window, device) not in self._seen:
             stops = self.keys_before(self.positions + 1)
-            if self.near is not None:
-                starts = (self.positions - self.near.window + 1).clamp(min=0)
-                starts = starts.masked_fill(self.positions >= self.near.until, 0)
+            if self.local_global is not None:
+                starts = (self.positions - self.local_global.window + 1).clamp(min=0)
+                starts = starts.masked_fill(self.positions >= self.local_global.dense_from, 0)
             elif window is None:
                 starts = torch.zeros_like(stops)
             else:
@@ -158,13 +158,13 @@ class Rows:
         size = CPU_BLOCK_ROWS if device.type == "cpu" else BLOCK_ROWS
         (starts,), (stops,) = (each.cpu() for each in self.seen(window, device))
         blocks = []
-        n_near = 0
-        if self.near is not None:
-            n_near = int(torch.searchsorted(self.positions, self.near.until))
-            for at in range(0, n_near, NEAR_BLOCK_ROWS):
-                rows = slice(at, min(at + NEAR_BLOCK_ROWS, n_near))
-                blocks.append(self._near_block(rows, starts, stops, device, dtype))
-        for at in range(n_near, n_rows, size):
+        n_local_rows = 0
+        if self.local_global is not None:
+            n_local_rows = int(torch.searchsorted(self.positions, self.local_global.dense_from))
+            for at in range(0, n_local_rows, LOCAL_BLOCK_ROWS):
+                rows = slice(at, min(at + LOCAL_BLOCK_ROWS, n_local_rows))
+                blocks.append(self._local_block(rows, starts, stops, device, dtype))
+        for at in range(n_local_rows, n_rows, size):
             rows = slice(at, min(at + size, n_rows))
             first = int(starts[at])
             last = int(stops[rows.stop - 1])
@@ -174,7 +174,7 @@ class Rows:
             blocks.append(Block(rows, slice(first, last), _mask(hidden, device, dtype)))
         return blocks
 
-    def _near_block(
+    def _local_block(
         self,
         rows: slice,
         starts: torch.Tensor,
@@ -182,13 +182,13 @@ class Rows:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Block:
-        assert self.near is not None
-        first, shared = int(starts[rows.start]), self.near.shared.cpu()
+        assert self.local_global is not None
+        first, shared = int(starts[rows.start]), self.local_global.global_positions.cpu()
         # What is shared ahead of the block's first range is visible to all its rows.
-        near = torch.arange(first, int(stops[rows.stop - 1]))
-        far = (near < starts[rows, None]) & ~torch.isin(near, shared)
-        keys = torch.cat([shared[shared < first], near]).to(device)
-        return Block(rows, keys, _mask((near >= stops[rows, None]) | far, device, dtype))
+        local_global = torch.arange(first, int(stops[rows.stop - 1]))
+        far = (local_global < starts[rows, None]) & ~torch.isin(local_global, shared)
+        keys = torch.cat([shared[shared < first], local_global]).to(device)
+        return Block(rows, keys, _mask((local_global >= stops[rows, None]) | far, device, dtype))
 
 
 def _mask(hidden: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -205,7 +205,7 @@ def prompt_of(engine: A3Engine, chunks: list[Segment], question_tokens: int) -> 
 
 def fused_logits(engine: A3Engine, prompt: Prompt, selector: str, ratio: float) -> torch.Tensor:
     """The last token's, by a method, fp32 on the CPU."""
-    _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
+    _, cache = engine.prepare(prompt, selector=selector, ratio=ratio)
     return _logits(engine, prompt, cache)
 
 

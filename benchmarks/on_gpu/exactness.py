@@ -78,7 +78,7 @@ def together(bench: Bench) -> None:
 
     alone = [ask(at) for at in range(8)]
     for engine in engines:
-        engine.runtime.turns.clear()
+        engine.runtime.prefix_cache.clear()
     with ThreadPoolExecutor(8) as pool:
         crowd = list(pool.map(ask, range(8)))
     bench.say(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_ragged, attend_rows
-from a3_engine.model.masks import Ragged, Rows
+from a3_engine.model.masks import DecodeMask, RowMask
 from a3_engine.model.rotary import Rotation
 from a3_engine.native import kernels_on
 
@@ -34,7 +34,7 @@ def attention(bench: Bench) -> None:
         at = torch.randperm(keys - 1)[: rows - 1].sort().values.to(DEVICE)
         at = torch.cat([at, torch.tensor([keys - 1], device=DEVICE)])
         query, key, value = _states(HEADS, rows), _states(KV_HEADS, keys), _states(KV_HEADS, keys)
-        seen = Rows(at)
+        seen = RowMask(at)
 
         def ours(query=query, key=key, value=value, seen=seen):
             return attend_rows(Layer(), query, key, value, seen, scaling=HEAD_DIM**-0.5)
@@ -66,7 +66,7 @@ def tiles(bench: Bench) -> None:
                 _states(KV_HEADS, keys),
                 _states(KV_HEADS, keys),
             )
-            seen, found = Rows(at), {}
+            seen, found = RowMask(at), {}
             for tile in (
                 (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2),
                 (128, 64, 8, 4), (64, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (128, 32, 4, 4),
@@ -92,7 +92,7 @@ def one_token(bench: Bench) -> None:
         query = torch.randn(requests, HEADS, 1, HEAD_DIM, device=DEVICE, dtype=DTYPE)
         caches = [_states(KV_HEADS, keys + 10 * r) for r in range(requests)]
         took = on_device(
-            lambda q=query, c=caches: attend_ragged(q, c, c, Ragged(), scaling=HEAD_DIM**-0.5)
+            lambda q=query, c=caches: attend_ragged(q, c, c, DecodeMask(), scaling=HEAD_DIM**-0.5)
         )
         nbytes = 2 * sum(c.numel() * 2 for c in caches)
         bench.say("one token", requests=requests, us=took, GB_s=nbytes / took / 1e3)
@@ -125,7 +125,7 @@ def placing_and_repair(bench: Bench) -> None:
     fresh = torch.arange(tokens - 20, tokens)
     layout = Layout(tokens, (Span(0, tokens - 20),), 0, fresh, fresh).on(DEVICE)
     rows = torch.arange(0, tokens, 7, device=DEVICE)
-    drift = Drift(DriftRepair(), layout, rotation, [DEVICE] * layers)
+    drift = Corrector(KVCorrection(), layout, rotation, [DEVICE] * layers)
     layer = FusedLayer(*(x.contiguous() for x in cache[0]), tokens)
     key, value = _states(KV_HEADS, len(rows)), _states(KV_HEADS, len(rows))
     bench.say("repair", us=on_device(lambda: drift.apply(0, layer, rows, key, value)))

@@ -112,7 +112,7 @@ def _requests(
                 turned = chunks[turn:] + chunks[:turn]
                 both = []
                 for _ in range(2):
-                    engine.runtime.turns.clear()
+                    engine.runtime.prefix_cache.clear()
                     if CUDA:
                         torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated() if CUDA else 0
@@ -157,7 +157,7 @@ def waits(bench: Bench) -> None:
             warnings.simplefilter("always")
             if CUDA:
                 torch.cuda.set_sync_debug_mode("warn")
-            _, cache = engine.fuse(prompt, selector=method, ratio=ratio)
+            _, cache = engine.prepare(prompt, selector=method, ratio=ratio)
             run_pass(engine.runtime.model.get_decoder(), [prompt.ids], cache)
             if CUDA:
                 torch.cuda.set_sync_debug_mode("default")
@@ -182,7 +182,7 @@ def launches(bench: Bench) -> None:
     for method, ratio in METHODS:
         prompt = prompt_of(engine, chunks, 150)
         engine.generate(prompt, selector=method, ratio=ratio, max_new_tokens=1)
-        engine.runtime.turns.clear()
+        engine.runtime.prefix_cache.clear()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             engine.generate(prompt, selector=method, ratio=ratio, max_new_tokens=1)
             now()
@@ -266,7 +266,7 @@ def decoding(bench: Bench) -> None:
             ).report
 
         for _ in range(2):  # the first captures what it needs
-            engine.runtime.turns.clear()
+            engine.runtime.prefix_cache.clear()
             with ThreadPoolExecutor(number) as pool:
                 started = time.perf_counter()
                 reports = list(pool.map(ask, range(number)))

@@ -18,7 +18,7 @@ from a3_engine.cli import main
 from a3_engine.evaluation.datasets import articles, sample_examples
 from a3_engine.method import make_methods
 from tests.engine.conftest import LONG
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 METHODS = ["full_prefill", "full_reuse", "default", "a3", "samkv"]
 
@@ -29,7 +29,10 @@ def found(tmp_path_factory):
     from a3_engine import A3Engine
 
     engine = A3Engine.from_pretrained(
-        tiny_model(LONG), tiny_tokenizer(), cache_dir=tmp_path_factory.mktemp("bench")
+        tiny_model(LONG),
+        tiny_tokenizer(),
+        cache_dir=tmp_path_factory.mktemp("bench"),
+        stand_in=STAND_IN,
     )
     engine.runtime.model.generation_config.eos_token_id = 10_000  # no such token
     methods = make_methods(METHODS, [0.0, 0.25])

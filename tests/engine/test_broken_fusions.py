@@ -13,7 +13,7 @@ from transformers import Gemma2Config
 from a3_engine import gate
 from a3_engine.fusion.cache import FusedLayer
 from a3_engine.model import attention, batch_cache
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 from a3_engine.model.probe import TEXT
 from tests.tiny import CONFIGS, SHAPE, WINDOW, tiny_model, tiny_tokenizer
 
@@ -47,7 +47,7 @@ def told(patch: Patch, name: str, change: Callable[[dict[str, Any]], None]) -> N
     patch.setattr(attention, name, changed)
 
 
-def given(patch: Patch, change: Callable[..., tuple[Any, Any, Any, Rows]]) -> None:
+def given(patch: Patch, change: Callable[..., tuple[Any, Any, Any, RowMask]]) -> None:
     """Change query, key, value and rows on their way to the attention of a pass."""
     ordinary = attention.attend_rows
 
@@ -79,8 +79,8 @@ def rotation(patch: Patch, change: Callable[[torch.Tensor], torch.Tensor]) -> No
     )
 
 
-def at(rows: Rows, positions: torch.Tensor) -> Rows:
-    return Rows(positions.clamp(min=0), rows.key_positions)
+def at(rows: RowMask, positions: torch.Tensor) -> RowMask:
+    return RowMask(positions.clamp(min=0), rows.key_positions)
 
 
 # What a pass's attention may get wrong.
@@ -282,7 +282,7 @@ def a_step_at_the_last_position(patch: Patch) -> None:
 def verdict(architecture: str, dtype: torch.dtype) -> str | None:
     text = tiny_tokenizer()(TEXT).input_ids
     model = tiny_model(SHARP if architecture == "gemma2-sharp" else architecture, dtype)
-    return gate.examine(model, text).reason
+    return gate.check_model(model, text).reason
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

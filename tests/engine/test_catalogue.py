@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from a3_engine.chunks.known import Rolling
-from a3_engine.chunks.text_index import ANCHOR, Catalogue
+from a3_engine.chunks.text_index import ANCHOR, TextIndex
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.prompt import Chunk, Message, PromptPlanner
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
@@ -24,34 +24,34 @@ def known(tmp_path: Path):
     """Opens catalogues of one file, one for each call."""
     opened = []
 
-    def open_catalogue(*texts: str, engine: str = "engine", tag: str | None = None) -> Catalogue:
+    def open_catalogue(*texts: str, engine: str = "engine", tag: str | None = None) -> TextIndex:
         store = DiskStore(tmp_path / "chunks")
         opened.append(store)
-        catalogue = Catalogue(store, engine)
-        add(catalogue, *texts, tag=tag)
-        return catalogue
+        text_index = TextIndex(store, engine)
+        add(text_index, *texts, tag=tag)
+        return text_index
 
     yield open_catalogue
     for store in opened:
         store.close()
 
 
-def add(catalogue: Catalogue, *texts: str, tag: str | None = None) -> None:
+def add(text_index: TextIndex, *texts: str, tag: str | None = None) -> None:
     """Each as the text of a chunk of its own, and written."""
-    catalogue.add((text, sha256(text.encode()).hexdigest(), tag) for text in texts)
-    catalogue.write()
+    text_index.add((text, sha256(text.encode()).hexdigest(), tag) for text in texts)
+    text_index.write()
 
 
-def found(catalogue: Catalogue, text: str) -> list[str]:
-    return [text[match.start : match.stop] for match in catalogue.find(text)]
+def found(text_index: TextIndex, text: str) -> list[str]:
+    return [text[match.start : match.stop] for match in text_index.find(text)]
 
 
 def test_every_occurrence_is_found_where_it_stands(known):
-    catalogue = known(LAMP, SHORE)
+    text_index = known(LAMP, SHORE)
     text = f"🙂 日本 {LAMP}{SHORE}\n\n👩‍👩‍👧{LAMP} end"
-    assert found(catalogue, text) == [LAMP, SHORE, LAMP]
-    assert found(catalogue, LAMP) == [LAMP]
-    assert catalogue.find("") == catalogue.find(text[:5]) == []
+    assert found(text_index, text) == [LAMP, SHORE, LAMP]
+    assert found(text_index, LAMP) == [LAMP]
+    assert text_index.find("") == text_index.find(text[:5]) == []
 
 
 def test_texts_beyond_ascii_are_found(known):
@@ -65,11 +65,11 @@ def test_texts_beyond_ascii_are_found(known):
 @pytest.mark.parametrize("at", range(0, len(LAMP), 5))
 def test_one_other_character_is_no_match(known, at):
     """Changed, missing or added, at the start or far behind the anchor."""
-    catalogue = known(LAMP)
-    assert found(catalogue, f"{LAMP[:at]}#{LAMP[at + 1 :]}") == []
-    assert found(catalogue, LAMP[:at] + LAMP[at + 1 :]) == []
-    assert at == 0 or found(catalogue, f"{LAMP[:at]}#{LAMP[at:]}") == []
-    assert found(catalogue, LAMP.upper()) == []
+    text_index = known(LAMP)
+    assert found(text_index, f"{LAMP[:at]}#{LAMP[at + 1 :]}") == []
+    assert found(text_index, LAMP[:at] + LAMP[at + 1 :]) == []
+    assert at == 0 or found(text_index, f"{LAMP[:at]}#{LAMP[at:]}") == []
+    assert found(text_index, LAMP.upper()) == []
 
 
 def test_leftmost_and_longest_wins(known):
@@ -77,11 +77,11 @@ def test_leftmost_and_longest_wins(known):
     outer, inner = f"{LAMP} {SHORE}", SHORE
     overlapping = f"{LAMP[20:]} {SHORE} And more."
     for number, order in enumerate([(LAMP, outer, inner), (inner, outer, LAMP)]):
-        catalogue = known(*order, engine=f"nested {number}")
-        assert found(catalogue, f"{outer}\n{LAMP}\n{inner}") == [outer, LAMP, inner]
-    catalogue = known(overlapping, outer, engine="overlapping")
-    assert found(catalogue, f"{LAMP} {SHORE} And more.") == [outer]
-    assert found(catalogue, overlapping) == [overlapping]
+        text_index = known(*order, engine=f"nested {number}")
+        assert found(text_index, f"{outer}\n{LAMP}\n{inner}") == [outer, LAMP, inner]
+    text_index = known(overlapping, outer, engine="overlapping")
+    assert found(text_index, f"{LAMP} {SHORE} And more.") == [outer]
+    assert found(text_index, overlapping) == [overlapping]
 
 
 @pytest.mark.parametrize("n", [3, 200])
@@ -89,11 +89,11 @@ def test_texts_that_begin_and_end_alike_are_told_apart(known, n):
     """A document store's chunks often share their metadata: few such texts, and many."""
     head, tail = "source: handbook.pdf, language: English\n", "\nSee the appendix for the terms."
     texts = [f"{head}{'word ' * number}{number}{tail}" for number in range(n)]
-    catalogue = known(*texts)
+    text_index = known(*texts)
     asked = [texts[i % n] for i in (2, 0, 150, 2, 75)]
     other = f"{head}{'word ' * 5}other{tail}"
-    assert found(catalogue, "\n\n".join([other, *asked, other])) == asked
-    assert found(catalogue, "".join(asked)) == asked
+    assert found(text_index, "\n\n".join([other, *asked, other])) == asked
+    assert found(text_index, "".join(asked)) == asked
     longer = head + "and before\n" + texts[1]
     assert found(known(longer), f"{longer} {texts[1]}") == [longer, texts[1]]
 
@@ -101,8 +101,8 @@ def test_texts_that_begin_and_end_alike_are_told_apart(known, n):
 def test_short_texts_are_never_matched(known):
     """They would be found where nobody meant them."""
     short, enough = "x" * (ANCHOR - 1), "y" * ANCHOR
-    catalogue = known(short, enough)
-    assert found(catalogue, f"{short} {enough} {short}") == [enough]
+    text_index = known(short, enough)
+    assert found(text_index, f"{short} {enough} {short}") == [enough]
 
 
 def test_objects_on_one_file_see_each_other(known):
@@ -118,13 +118,13 @@ def test_objects_on_one_file_see_each_other(known):
 
 
 def test_a_forgotten_text_can_be_added_again(known):
-    catalogue = known(LAMP, tag="doc")
-    catalogue._store.evict("other")
-    assert found(catalogue, LAMP) == [LAMP]
-    catalogue._store.evict("doc")
-    assert found(catalogue, LAMP) == found(known(), LAMP) == []
-    add(catalogue, LAMP)
-    assert found(catalogue, LAMP) == [LAMP]
+    text_index = known(LAMP, tag="doc")
+    text_index._store.evict("other")
+    assert found(text_index, LAMP) == [LAMP]
+    text_index._store.evict("doc")
+    assert found(text_index, LAMP) == found(known(), LAMP) == []
+    add(text_index, LAMP)
+    assert found(text_index, LAMP) == [LAMP]
 
 
 def test_other_engines_see_nothing(known):
@@ -177,22 +177,22 @@ def test_control_tokens_count_in_finished_prompts_but_not_in_their_chunks(known)
 
 def test_asking_for_news_takes_no_longer_with_more_known_texts(known):
     """The database's steps for a search that finds nothing new, one text or hundreds known."""
-    catalogue, other = known(LAMP), known(engine="another model")
+    text_index, other = known(LAMP), known(engine="another model")
 
     def steps() -> int:
-        catalogue.find(SHORE)
+        text_index.find(SHORE)
         counted: list[None] = []
-        db = catalogue._store._database.connection
+        db = text_index._store._database.connection
         db.set_progress_handler(lambda: counted.append(None), 1)
-        assert found(catalogue, LAMP) == [LAMP]
+        assert found(text_index, LAMP) == [LAMP]
         db.set_progress_handler(None, 1)
         return len(counted)
 
     few = steps()
-    for writer in (catalogue, other):
+    for writer in (text_index, other):
         add(writer, *(f"{number} {SHORE}" for number in range(300)))
     assert steps() <= 2 * few
-    assert found(catalogue, f"299 {SHORE}") == [f"299 {SHORE}"]
+    assert found(text_index, f"299 {SHORE}") == [f"299 {SHORE}"]
 
 
 @pytest.mark.parametrize(
@@ -248,10 +248,10 @@ def test_a_text_that_repeats_itself_is_searched_in_time(known, end):
     """Tables and rules: everything in them begins like a stored text."""
     stored = [ROW * n + end for n in (40, 60, 80)]
     stored += [ROW * 30 + f"{n} ends here." for n in range(50)]
-    catalogue = known(*stored)
+    text_index = known(*stored)
     text = ROW * 5000 + "!"
     started = time.process_time()
-    matches = found(catalogue, text)
+    matches = found(text_index, text)
     assert time.process_time() - started < 8
     assert set(matches) <= set(stored)
     assert bool(matches) == (end == "")

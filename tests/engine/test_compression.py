@@ -26,7 +26,7 @@ EVICTED = torch.finfo(torch.float32).min
 
 def passed(engine: A3Engine, prompt: Prompt, **method) -> tuple[FusedCache, int]:
     """A completed pass, not compressed yet, and the answer's first token."""
-    _, cache = engine.fuse(prompt, **method)
+    _, cache = engine.prepare(prompt, **method)
     with torch.inference_mode():
         logits = engine.runtime.model(
             input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
@@ -258,13 +258,13 @@ def test_settings_that_make_no_sense_are_refused(tiny_engine):
 def test_what_is_left_out_frees_its_memory(tiny_engine, architecture):
     """No layer that stays whole holds another layer's block."""
     engine = tiny_engine(architecture)
-    _, cache = engine.fuse(
+    _, cache = engine.prepare(
         "Who keeps the lamp?", chunks=["The keeper is Ada. " * 9], selector="full_reuse"
     )
     before = [keys.untyped_storage().data_ptr() for keys, _ in cache.stored()]
     assert len(set(before)) == len(cache.layers)
     cut = [None if layer.is_sliding else torch.arange(4) for layer in cache.layers]
-    cache.keep(cut)
+    cache.retain(cut)
     held = {keys.untyped_storage().data_ptr() for keys, _ in cache.stored()}
     for old, slots in zip(before, cut, strict=True):
         assert (old in held) == (slots is None)

@@ -12,7 +12,7 @@ import torch
 
 COUNT_THREADS = """
 import os, time, torch
-from a3_engine.model.executor import Computing
+from a3_engine.model.executor import DeviceExecutor
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -27,11 +27,11 @@ def settled(wanted):
         time.sleep(0.01)
     return threads()
 
-computing = Computing.on(torch.device("cpu"))
+executor = DeviceExecutor.on(torch.device("cpu"))
 before = threads()
-print(computing.run(work) - before, settled(before) - before)
-print(computing.run(work, rest=False) - before, threads() - before)
-computing.rest()
+print(executor.run(work) - before, settled(before) - before)
+print(executor.run(work, release_helpers=False) - before, threads() - before)
+executor.release_helpers()
 print(settled(before) - before)
 """
 

@@ -39,7 +39,7 @@ def test_a_resident_chunk_gives_the_same_answer(tiny_engine):
     library = engine.runtime.library
     library.resident.max_bytes = 2**20
     library.keep_resident((segment, library.fetch(segment).kv) for _, segment in prompt.cached)
-    engine.runtime.turns.clear()
+    engine.runtime.prefix_cache.clear()
     before = library.store.get
     library.store.get = pytest.fail  # nothing is read
     try:
@@ -89,7 +89,7 @@ def test_memory_that_is_kept_is_given_up_for_a_request(tiny_engine, monkeypatch)
     fails(monkeypatch, 1)
     assert engine.generate(other, max_new_tokens=5).report.fused
     assert library.resident.get("kept") is None
-    engine.runtime.turns.clear()
+    engine.runtime.prefix_cache.clear()
     assert str(engine.generate(prompt, max_new_tokens=5)) == str(expected)
 
 
@@ -97,7 +97,7 @@ def test_a_request_that_does_not_fit_fails_alone(tiny_engine, monkeypatch):
     engine = tiny_engine()
     prompt = engine.plan(ASK, [LAMP])
     expected = engine.generate(prompt, max_new_tokens=5)
-    engine.runtime.turns.clear()
+    engine.runtime.prefix_cache.clear()
     fails(monkeypatch, 2)
     with pytest.raises(torch.OutOfMemoryError):
         engine.generate(prompt, max_new_tokens=5)

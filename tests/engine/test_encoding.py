@@ -11,7 +11,7 @@ import torch
 
 import a3_engine.fusion.encoding as encoding_module
 from a3_engine import Chunk
-from a3_engine.chunks.keyed_locks import Flights
+from a3_engine.chunks.keyed_locks import KeyedLocks
 from a3_engine.fusion.encoding import (
     BATCH_ROWS,
     CPU_BATCH_ROWS,
@@ -27,7 +27,7 @@ from tests.tiny import CONFIGS, VOCABULARY
 def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, behind):
     engine = tiny_engine(name)
     rng = random.Random(3)
-    rotation, decoder = engine.runtime.support.rotation, engine.runtime.model.get_decoder()
+    rotation, decoder = engine.runtime.gate.rotation, engine.runtime.model.get_decoder()
     chunks = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (17, 20, 18, 1)]
     prefix = (
         encode_chunks(decoder, rotation, [engine.runtime.planner.prefix_ids])[0] if behind else None
@@ -88,7 +88,7 @@ def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_en
 
 
 def test_flights_of_other_chunks_do_not_wait_and_nothing_is_left_of_them():
-    flights = Flights()
+    flights = KeyedLocks()
     first = flights.of("a", "b", "a")
     other = flights.of("c")  # at once
     arrived = threading.Event()

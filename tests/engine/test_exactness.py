@@ -20,6 +20,7 @@ SHAPES = {
     "many chunks": ["prefix", 9, 14, 7, "fresh"],
     "fresh between": ["prefix", "fresh", 9, "fresh", 14, "fresh"],
     "no prefix": [17, "fresh", 9, "fresh"],
+    "ends in a chunk": ["prefix", "fresh", 9, 14],
 }
 # Every shape with the default, and every other method with the shape that has all roles.
 CASES = [("mend", shape) for shape in SHAPES] + [
@@ -45,7 +46,7 @@ def build_prompt(engine: A3Engine, shape: list[str | int]) -> Prompt:
 
 
 def fused_logits(engine: A3Engine, prompt: Prompt, selector: str, ratio: float) -> torch.Tensor:
-    _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
+    _, cache = engine.prepare(prompt, selector=selector, ratio=ratio)
     ids = torch.tensor([prompt.ids])
     with torch.inference_mode():
         return engine.runtime.model(
@@ -65,7 +66,7 @@ def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(),
 
     Segment by segment: a chunk runs behind prefix and stand-in, all at positions that put the chunk
     where it stands in the prompt; the first tokens of one that stands just behind the prefix run
-    behind that alone; fresh text runs after all that.
+    behind that alone; fresh text, and the prompt's last token, runs after all that.
     """
     prefix = list(engine.runtime.planner.prefix_ids)
     past, position = DynamicCache(), 0
@@ -87,11 +88,14 @@ def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(),
                 head = min(n, library_module.HEAD_TOKENS) if opens else 0
                 if head:
                     run_alone(prefix, segment.ids, 0, head)
-                if head < n:
-                    run_alone([*prefix, *stand_in], segment.ids, head, n)
+                kept = min(n, prompt.n_tokens - 1 - position)
+                if head < kept:
+                    run_alone([*prefix, *stand_in], segment.ids, head, kept)
             else:
-                ids = torch.tensor([list(segment.ids)])
-                places = torch.arange(n)[None] + position + 200
+                kept = 0
+            if kept < n:
+                ids = torch.tensor([list(segment.ids[kept:])])
+                places = torch.arange(kept, n)[None] + position + 200
                 output = model(
                     input_ids=ids, position_ids=places, **with_cache(model, past), **options
                 )
@@ -129,7 +133,7 @@ def test_first_chunk_behind_its_prefix_is_exact(tiny_engine, architecture):
     expected = getattr(full_prefill(engine, prompt), OURS)
     stop = prompt.n_tokens - 5
     for attempt in ("computed", "loaded"):
-        _, cache = engine.fuse(prompt, selector="full_reuse")
+        _, cache = engine.prepare(prompt, selector="full_reuse")
         for ours, theirs in zip(cache.layers, expected.layers, strict=True):
             keys, values = ours.stored()
             scale = theirs.keys.abs().max()

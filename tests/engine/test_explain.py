@@ -76,7 +76,7 @@ def test_a_notebook_shows_colours_a_legend_and_no_markup_of_the_text(answer):
 def test_a_kept_turn_and_a_full_prefill_have_their_own_colours(tiny_engine):
     engine = tiny_engine()
     first = engine.generate(ASK, chunks=[LAMP], max_new_tokens=4)
-    kept = engine.runtime.turns._turns[-1]
+    kept = engine.runtime.prefix_cache._prefixes[-1]
     prompt = first.report.trace.prompt
     more = replace(prompt.segments[-1], ids=(*kept.ids[kept.n_prompt :], 40, 41))
     longer = replace(prompt, segments=(*prompt.segments, more))

@@ -85,7 +85,7 @@ def test_requests_of_one_batch_decode_alike(make, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_let_through_in_bf16(name):
     text = tiny_tokenizer()(TEXT).input_ids
-    assert gate.examine(build(name, torch.bfloat16), text).reason is None
+    assert gate.check_model(build(name, torch.bfloat16), text).reason is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

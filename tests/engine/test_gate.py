@@ -111,7 +111,7 @@ def test_an_untested_architecture_passes_with_a_warning(tiny_engine, caplog, nam
     engine = tiny_engine(build(name).config)
     assert engine.unsupported_reason is None
     assert engine.runtime.model.config.model_type in caplog.text
-    assert not engine.runtime.support.tested
+    assert not engine.runtime.gate.tested
 
 
 def test_a_dtype_that_nobody_measured_is_refused(tmp_path, tiny_engine):
@@ -205,7 +205,7 @@ def test_the_self_check_refuses_what_it_cannot_fuse_rightly(tiny_engine, sabotag
     odd = A3Engine.from_pretrained(changed, tokenizer, cache_dir=engine.cache_dir)
     assert odd.unsupported_reason
     with pytest.raises(UnsupportedModelError, match="ordinary prefill"):
-        odd.fuse(ASK, chunks=[LAMP])
+        odd.prepare(ASK, chunks=[LAMP])
     ids = torch.tensor([engine.plan(ASK, [LAMP]).ids])
     with torch.inference_mode():
         assert torch.equal(changed(ids).logits, untouched(ids).logits)

@@ -15,12 +15,12 @@ import torch
 from a3_engine import A3Engine
 from a3_engine.decoding import graphs
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation, rotate_
 from tests.engine.test_exactness import build_prompt
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -148,7 +148,7 @@ def test_repair_moves_as_torch_does(dtype, head_dim, half, picked, interpreted):
 
     def repaired():
         layer = FusedLayer(keys.clone(), values.clone(), tokens)
-        drift = Drift(DriftRepair(), layout, rotation, [torch.device("cpu")])
+        drift = Corrector(KVCorrection(), layout, rotation, [torch.device("cpu")])
         drift.apply(0, layer, rows, *new)
         return layer.stored()
 
@@ -167,7 +167,11 @@ def engine_of(tmp_path):
 
     def make(name):
         folder = tmp_path / str(len(made))
-        made.append(A3Engine.from_pretrained(tiny_model(name), tiny_tokenizer(), cache_dir=folder))
+        made.append(
+            A3Engine.from_pretrained(
+                tiny_model(name), tiny_tokenizer(), cache_dir=folder, stand_in=STAND_IN
+            )
+        )
         assert made[-1].unsupported_reason is None
         return made[-1]
 
@@ -205,11 +209,11 @@ def test_steps_by_addresses_are_those_of_the_caches(engine_of, monkeypatch):
         return str(engine.generate(prompts[at], selector="full_reuse", max_new_tokens=2 + at))
 
     alone = [ask(at) for at in range(3)]
-    engine.runtime.turns.clear()
+    engine.runtime.prefix_cache.clear()
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(ask, range(3))) == alone
-    assert engine.runtime.shared._graphs._captured
-    assert set(engine.runtime.shared._graphs._captured) <= {1, 2, 4}
+    assert engine.runtime.decoder._graphs._captured
+    assert set(engine.runtime.decoder._graphs._captured) <= {1, 2, 4}
 
 
 COMPILE = """

@@ -32,7 +32,7 @@ def test_they_are_the_models_own(tiny_engine, sampling):
     engine = tiny_engine()
     torch.manual_seed(0)
     answer = engine.generate(ASK, max_new_tokens=12, logprobs=3, **sampling)
-    (turn,) = engine.runtime.turns._turns
+    (turn,) = engine.runtime.prefix_cache._prefixes
     ids = list(turn.ids[answer.report.prompt_tokens :])
     expected = log_probabilities(engine, answer.report, ids)
     entries = answer.report.logprobs

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from a3_engine import A3Engine
-from a3_engine.fusion.layer_pruning import Narrowing
+from a3_engine.fusion.layer_pruning import LayerPruning
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.layout import Layout, Span
 from a3_engine.model.cache_argument import with_cache
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 from tests.engine.test_exactness import build_prompt
 from tests.tiny import CONFIGS
 
@@ -24,7 +24,7 @@ def at_layer(n_layers: int, layer: int) -> float:
 
 
 def run(engine: A3Engine, prompt, selector: Mend, observer=None):
-    _, cache = engine.fuse(prompt, selector=selector)
+    _, cache = engine.prepare(prompt, selector=selector)
     cache.fusion.observer = observer
     model = engine.runtime.model
     with torch.inference_mode():
@@ -63,7 +63,7 @@ def test_the_most_attended_go_on(tiny_engine, name, layer):
 
     narrow = ((at_layer(n_layers, layer), SHARE),)
     cache = run(engine, prompt, Mend(ratio=RATIO, least=0, narrow=narrow), observe)
-    selected, left = cache.fusion.selected, cache.fusion.narrowing.left[layer]
+    selected, left = cache.fusion.selected, cache.fusion.pruning.survivors[layer]
     ranked = sorted(selected.tolist(), key=lambda position: -float(seen[layer - 1][position]))
     assert 0 < len(left) < len(selected)
     assert left.tolist() == sorted(ranked[: round(SHARE * len(selected))])
@@ -73,16 +73,16 @@ def test_a_layer_that_attends_to_everything_says_what_goes_on():
     """Not the sliding one just below: the question sees no chunk there."""
     layout = Layout(40, (Span(2, 36),), 2, torch.arange(36, 40), torch.arange(36, 40))
     selected, seen = torch.arange(2, 12), []
-    narrowing = Narrowing({4: 0.5, 9: 0.1}, [False, True, True, True] * 2, layout, selected, "max")
-    rows = Rows(torch.cat([selected, layout.fresh]))
+    pruning = LayerPruning({4: 0.5, 9: 0.1}, [False, True, True, True] * 2, layout, selected, "max")
+    rows = RowMask(torch.cat([selected, layout.fresh]))
     for layer in range(8):
-        if narrowing.begins(layer):
-            seen.append((layer, narrowing.pick(layer).tolist()))
+        if pruning.prunes_at(layer):
+            seen.append((layer, pruning.pick(layer).tolist()))
         key = torch.zeros(1, 1, 40, 4)
         key[0, 0, 2 + layer : 7 + layer] = 9.0  # what this layer would say
-        narrowing.observe(layer, torch.ones(1, 2, len(rows.positions), 4), key, rows, 1.0)
+        pruning.observe(layer, torch.ones(1, 2, len(rows.positions), 4), key, rows, 1.0)
     assert seen == [(4, [2, 3, 4, 5, 6])]
-    assert list(narrowing.left) == [4]
+    assert list(pruning.survivors) == [4]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,10 +93,10 @@ def test_only_what_goes_on_is_computed_from_there(tiny_engine, name):
     prompt = build_prompt(engine, SHAPE)
     stage = n_layers - 1
     narrow = ((at_layer(n_layers, stage), SHARE),)
-    narrowed = run(engine, prompt, Mend(ratio=RATIO, least=0, repair=None, narrow=narrow))
-    whole = run(engine, prompt, Mend(ratio=RATIO, least=0, repair=None, narrow=()))
-    _, stored = engine.fuse(prompt, selector="full_reuse")
-    left = narrowed.fusion.narrowing.left[stage]
+    narrowed = run(engine, prompt, Mend(ratio=RATIO, least=0, correction=None, narrow=narrow))
+    whole = run(engine, prompt, Mend(ratio=RATIO, least=0, correction=None, narrow=()))
+    _, stored = engine.prepare(prompt, selector="full_reuse")
+    left = narrowed.fusion.pruning.survivors[stage]
     dropped = whole.fusion.selected[~torch.isin(whole.fusion.selected, left)]
     assert len(dropped)
     for layer in range(n_layers):

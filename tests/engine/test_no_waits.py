@@ -100,7 +100,7 @@ def request(model, selector):
         cache = begin(
             model, rotation, cache, where, selector, range(TOKENS), local_queries=None, room=8
         )
-        cache.fusion.last_only = True
+        cache.fusion.last_token_only = True
         run_pass(decoder, [range(TOKENS)], cache)
     return cache
 

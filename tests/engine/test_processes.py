@@ -20,8 +20,10 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from a3_engine import A3Engine
 from tests.engine.conftest import LONG
-from tests.tiny import tiny_model, tiny_tokenizer
-engine = A3Engine.from_pretrained(tiny_model(LONG), tiny_tokenizer(), cache_dir=sys.argv[1])
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+engine = A3Engine.from_pretrained(
+    tiny_model(LONG), tiny_tokenizer(), cache_dir=sys.argv[1], stand_in=STAND_IN
+)
 ask = {"chunks": ["The lamp of the lighthouse burns through the night."], "max_new_tokens": 6}
 expected = engine.generate("Who?", **ask).text
 engine.runtime.model.generation_config.eos_token_id = 10_000

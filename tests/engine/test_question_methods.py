@@ -10,7 +10,7 @@ import torch
 
 from a3_engine import A3Engine
 from a3_engine.fusion.cache import FusedLayer
-from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.base import States
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
@@ -50,7 +50,7 @@ def test_question_attention_is_the_models_own(tiny_engine, name):
             seen.append(attention)
             return super().select(layout, attention)
 
-    _, cache = engine.fuse(prompt, selector=Spy(ratio=0.4))
+    _, cache = engine.prepare(prompt, selector=Spy(ratio=0.4))
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-3)
     candidates = prompt.layout(()).chunk_positions
     ranked = sorted(candidates.tolist(), key=lambda p: -float(expected.mean(0)[p]))
@@ -67,7 +67,7 @@ def test_mend_takes_what_any_word_of_the_question_attends_to(tiny_engine, name):
     for span in prompt.layout(()).chunks:
         for behind, position in enumerate(range(span.start, span.stop)):
             scores[position] *= 1 + 2 * math.exp(-behind / 8)
-    _, cache = engine.fuse(prompt, selector="mend", ratio=0.4)
+    _, cache = engine.prepare(prompt, selector="mend", ratio=0.4)
     candidates = prompt.layout(()).chunk_positions.tolist()
     ranked = sorted(candidates, key=lambda position: -float(scores[position]))
     assert cache.fusion.selected.tolist() == sorted(ranked[: int(0.4 * len(candidates))])
@@ -109,7 +109,7 @@ def test_random_is_the_same_for_the_same_seed(tiny_engine):
     engine = tiny_engine()
     prompt = build_prompt(engine, SHAPE)
     picks = [
-        engine.fuse(prompt, selector=make_selector("random", 0.5))[1].fusion.selected.tolist()
+        engine.prepare(prompt, selector=make_selector("random", 0.5))[1].fusion.selected.tolist()
         for _ in range(2)
     ]
     assert picks[0] == picks[1]
@@ -129,7 +129,9 @@ def test_drift_follows_the_most_similar_probes(strength, size):
     )
     rows = torch.tensor([0, 3, 5, 8])
     fresh_key, fresh_value = torch.randn(2, 1, heads, len(rows), size)
-    drift = Drift(DriftRepair(strength, temperature), layout, Rotation(inv_freq), [keys.device])
+    drift = Corrector(
+        KVCorrection(strength, temperature), layout, Rotation(inv_freq), [keys.device]
+    )
     drift.apply(0, layer, rows, fresh_key, fresh_value)
     layer.write(rows, fresh_key, fresh_value)
 
@@ -169,8 +171,8 @@ def test_mend_leaves_exact_chunks_alone(tiny_engine, name):
     """A chunk just behind its prefix is neither picked nor moved."""
     engine = tiny_engine(name)
     prompt = build_prompt(engine, ["prefix", 12, 15, "fresh"])
-    _, before = engine.fuse(prompt, selector="full_reuse")
-    _, cache = engine.fuse(prompt, selector="mend", ratio=0.3)
+    _, before = engine.prepare(prompt, selector="full_reuse")
+    _, cache = engine.prepare(prompt, selector="mend", ratio=0.3)
     first = prompt.layout(engine.runtime.planner.prefix_ids).chunks[0]
     assert first.exact == first.stop - first.start
     assert len(cache.fusion.selected) == int(27 * 0.3)

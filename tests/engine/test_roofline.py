@@ -12,7 +12,7 @@ from a3_engine.benchmark.roofline import Part, Shape, Work, work
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.model.attention import has_window
 from a3_engine.model.cache_argument import with_cache
-from a3_engine.model.masks import Near
+from a3_engine.model.masks import LocalGlobal
 from tests.tiny import CONFIGS, WINDOW, tiny_model
 
 FP32 = 4  # bytes
@@ -58,7 +58,7 @@ def test_a_prompt_fed_token_by_token_does_exactly_the_counted_work():
 def test_a_fusion_pass_does_the_linear_work_of_its_rows(ratio, tiny_engine):
     engine = tiny_engine("llama")
     model = engine.runtime.model
-    prompt, cache = engine.fuse(QUESTION, chunks=TEXTS, selector="random", ratio=ratio)
+    prompt, cache = engine.prepare(QUESTION, chunks=TEXTS, selector="random", ratio=ratio)
     rows = cache.fusion.rows
     assert (len(rows) == prompt.n_tokens) == (ratio == 1.0)
 
@@ -73,8 +73,8 @@ def test_a_fusion_pass_does_the_linear_work_of_its_rows(ratio, tiny_engine):
 def test_a_narrowed_pass_does_the_work_of_fewer_rows(tiny_engine):
     engine = tiny_engine("llama")
     model, shape = engine.runtime.model, Shape.of(engine.runtime.model.config)
-    narrowing = Mend(ratio=0.5, least=0, narrow=((1 / shape.layers, 0.25),))
-    prompt, cache = engine.fuse(QUESTION, chunks=TEXTS, selector=narrowing)
+    pruning = Mend(ratio=0.5, least=0, narrow=((1 / shape.layers, 0.25),))
+    prompt, cache = engine.prepare(QUESTION, chunks=TEXTS, selector=pruning)
     rows, done = cache.fusion.rows, []
     # Finding what goes on takes products that are not the model's.
     hooks = [
@@ -117,7 +117,7 @@ def test_rows_that_see_what_is_near_are_counted_key_by_key():
     causal = keys <= at
     shared = torch.tensor([0, 2, 11, 30, 38, 44])
     near = causal & (torch.isin(keys, shared) | (keys > at - tokens) | (at >= until))
-    needed = work(shape, [rows] * shape.layers, FP32, (1, Near(shared, tokens, until)))
+    needed = work(shape, [rows] * shape.layers, FP32, (1, LocalGlobal(shared, tokens, until)))
     attended = int(causal.sum()) + (shape.layers - 1) * int(near.sum())
     assert needed.attention.flops == 4 * shape.head_dim * shape.heads * attended
 

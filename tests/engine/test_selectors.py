@@ -34,7 +34,7 @@ PARAGRAPHS = [
 
 def run(engine: A3Engine, prompt: Prompt, selector: object, ratio: float):
     """One fusion pass: its logits, and the completed cache."""
-    _, cache = engine.fuse(prompt, selector=selector, ratio=ratio)
+    _, cache = engine.prepare(prompt, selector=selector, ratio=ratio)
     with torch.inference_mode():
         output = engine.runtime.model(
             input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
@@ -252,7 +252,7 @@ def test_settings_that_make_no_sense_are_refused(tiny_engine):
     engine = tiny_engine()
     for layer in (-1, 4):
         with pytest.raises(ValueError, match="layers 0 to 3"):
-            engine.fuse("Who?", chunks=["The lamp burns."], selector=A3(layer=layer))
+            engine.prepare("Who?", chunks=["The lamp burns."], selector=A3(layer=layer))
     for pool in (0, 4):
         with pytest.raises(ValueError, match="odd"):
             A3(pool=pool)

@@ -137,17 +137,17 @@ def test_an_error_in_one_choice_is_its_own(counted):
 def test_an_interrupted_request_is_stepped_no_more(counted, monkeypatch):
     """Its thread is gone; those that come later decode without it."""
     engine, sizes = counted
-    shared = engine.runtime.shared
-    run = shared.computing.run
+    shared = engine.runtime.decoder
+    run = shared.executor.run
 
     def interrupted(work, **options):
         if work == shared._step:
             raise KeyboardInterrupt
         return run(work, **options)
 
-    monkeypatch.setattr(shared.computing, "run", interrupted)
+    monkeypatch.setattr(shared.executor, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate("What is on the shore?", max_new_tokens=2000)
-    monkeypatch.setattr(shared.computing, "run", run)
+    monkeypatch.setattr(shared.executor, "run", run)
     engine.generate("Who keeps the lamp?", max_new_tokens=20)
     assert set(sizes) == {1}

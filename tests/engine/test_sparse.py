@@ -34,7 +34,7 @@ def spans(prompt: Prompt) -> list[tuple[int, int]]:
 
 
 def fused(engine: A3Engine, prompt: Prompt, selector):
-    _, cache = engine.fuse(prompt, selector=selector)
+    _, cache = engine.prepare(prompt, selector=selector)
     with torch.inference_mode():
         logits = engine.runtime.model(
             input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
@@ -44,7 +44,7 @@ def fused(engine: A3Engine, prompt: Prompt, selector):
 
 def stored_keys(engine: A3Engine, prompt: Prompt):
     """Every layer's loaded keys and values, before any pass."""
-    _, cache = engine.fuse(prompt, selector="full_reuse")
+    _, cache = engine.prepare(prompt, selector="full_reuse")
     return [(keys[0], values[0]) for keys, values in cache.stored()]
 
 
@@ -167,7 +167,7 @@ def test_samkv_is_a_prefill_of_what_stays(tiny_engine, architecture):
     prompt = build_prompt(engine, SHAPE)
     if any(has_window(engine.runtime.model)):
         with pytest.raises(ValueError, match="sliding windows"):
-            engine.fuse(prompt, selector="samkv", ratio=0.5)
+            engine.prepare(prompt, selector="samkv", ratio=0.5)
         return
     logits, cache = fused(engine, prompt, SamKV(0.5, n_init=3, n_local=4, block=5))
     kept = cache.positions
@@ -244,7 +244,7 @@ def test_fusion_rag_asks_with_a_question_that_saw_no_chunk(tiny_engine):
                 sums[p] += float(weights[p])
     budget = int(len(chunk_tokens) * 0.3)
     expected = sorted(sorted(chunk_tokens, key=lambda p: -sums[p])[:budget])
-    _, cache = engine.fuse(prompt, selector=make_selector("fusion_rag", 0.3))
+    _, cache = engine.prepare(prompt, selector=make_selector("fusion_rag", 0.3))
     assert cache.fusion.selected.tolist() == expected
 
 

@@ -77,7 +77,7 @@ def test_the_head_of_the_chunk_that_opens_a_prompt_is_exact(tiny_engine, monkeyp
     assert engine.precompute(TEXTS, progress=False) == Precomputed(0, len(TEXTS))
     prompt = engine.plan("Who keeps the lamp?", TEXTS)
     expected = getattr(full_prefill(engine, prompt), OURS).layers
-    _, cache = engine.fuse(prompt, ratio=0.5)
+    _, cache = engine.prepare(prompt, ratio=0.5)
     with torch.inference_mode():
         engine.runtime.model(
             input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, cache)
@@ -95,7 +95,7 @@ def test_the_head_of_the_chunk_that_opens_a_prompt_is_exact(tiny_engine, monkeyp
     assert (report.hits, report.misses, report.created_tokens) == (3, 0, 0)
     assert report.encode_s == 0.0
     system = [Message("system", "Answer."), Message("user", [Chunk(TEXTS[0]), "Who?"])]
-    _, cache = engine.fuse(system)
+    _, cache = engine.prepare(system)
     assert [span.exact for span in cache.fusion.layout.chunks] == [0]
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from a3_engine import A3Engine, Chunk, Message
-from a3_engine.fusion.prefix_cache import Turns
+from a3_engine.fusion.prefix_cache import PrefixCache
 from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.method import Method
 from a3_engine.model.cache_argument import with_cache
@@ -32,7 +32,9 @@ def first_turn() -> list[Message]:
 
 def extended(engine: A3Engine, prompt: Prompt, more: list[Segment]) -> Prompt:
     """The prompt, the answer that was kept for it, and new segments."""
-    (turn,) = (t for t in engine.runtime.turns._turns if list(t.ids[: t.n_prompt]) == prompt.ids)
+    (turn,) = (
+        t for t in engine.runtime.prefix_cache._prefixes if list(t.ids[: t.n_prompt]) == prompt.ids
+    )
     answer = Segment("fresh", turn.ids[turn.n_prompt :])
     segments = (*prompt.segments, answer, *more)
     return Prompt(segments, len(segments) - 1)
@@ -47,7 +49,7 @@ def chunk(engine: A3Engine, text: str) -> Segment:
 
 
 def follow_up_logits(engine: A3Engine, prompt: Prompt, selector, *, reuse: bool) -> torch.Tensor:
-    turn, reused = engine.runtime.turns.find(prompt.ids, selector) if reuse else (None, 0)
+    turn, reused = engine.runtime.prefix_cache.find(prompt.ids, selector) if reuse else (None, 0)
     assert (reused > 0) == reuse
     cache = assemble(
         engine.runtime, prompt, Method(selector), 0, FusionReport(), turn=turn, reused=reused
@@ -81,7 +83,7 @@ def test_a_follow_up_sees_what_the_turn_before_saw(tiny_engine, selector):
     """One turn at a time over kept caches, or the same tokens fed to the first turn's cache."""
     engine = tiny_engine()
     method = make_selector(selector, None if selector == "full_reuse" else 0.3)
-    prompt, cache = engine.fuse(first_turn(), selector=method)
+    prompt, cache = engine.prepare(first_turn(), selector=method)
     engine.generate(prompt, selector=method, max_new_tokens=6)
     longer = extended(engine, prompt, [fresh(engine, "Why so?")])
     model, n = engine.runtime.model, prompt.n_tokens
@@ -100,7 +102,7 @@ def test_a_cache_that_leaves_tokens_out_serves_its_own_request_alone(tiny_engine
     first = engine.generate(first_turn(), max_new_tokens=6, **method)
     longer = [*first_turn(), Message("assistant", first.text), Message("user", "Why?")]
     assert engine.generate(longer, max_new_tokens=6, **method).report.reused_turn_tokens == 0
-    assert not engine.runtime.turns._turns
+    assert not engine.runtime.prefix_cache._prefixes
 
 
 def test_a_conversation_reports_what_it_kept(tiny_engine):
@@ -188,22 +190,22 @@ def test_closing_forgets_and_a_late_request_keeps_nothing(tiny_engine):
     prompt = engine.plan(first_turn())
     engine.generate(prompt, max_new_tokens=6)
     longer = extended(engine, prompt, [fresh(engine, "Why?")])
-    turns = engine.runtime.turns
+    turns = engine.runtime.prefix_cache
     engine.close()
     assert turns.find(longer.ids, engine.selector) == (None, 0)
     assert engine.generate(longer, max_new_tokens=2).report.reused_turn_tokens == 0
 
 
-def kept(turns: Turns, ids: list[int], tokens: int = 10) -> None:
+def kept(turns: PrefixCache, ids: list[int], tokens: int = 10) -> None:
     states = (torch.zeros(1, 1, tokens, 4), torch.zeros(1, 1, tokens, 4))
-    turns.keep(ids, 2, make_selector("mend"), DynamicCache([states]))
+    turns.put(ids, 2, make_selector("mend"), DynamicCache([states]))
 
 
 def test_turns_are_bounded_by_number_and_by_bytes():
     """The one that was used longest ago goes first; one too large alone is not kept."""
     method = make_selector("mend")
     each = 2 * 10 * 4 * 4
-    turns = Turns(max_turns=3, max_bytes=2 * each)
+    turns = PrefixCache(max_prefixes=3, max_bytes=2 * each)
     for start in (1, 2):
         kept(turns, [start, 0, 5, 6])
     assert turns.find([1, 0, 5, 9], method)[1] == 3
@@ -212,7 +214,7 @@ def test_turns_are_bounded_by_number_and_by_bytes():
     assert turns.find([1, 0, 5, 9], method)[1] == turns.find([3, 0, 5, 9], method)[1] == 3
     kept(turns, [4, 0, 5, 6], tokens=100)
     assert turns.find([4, 0, 5, 9], method) == (None, 0)
-    few = Turns(max_turns=1)
+    few = PrefixCache(max_prefixes=1)
     for start in (1, 2):
         kept(few, [start, 0, 5, 6])
     assert few.find([1, 0, 5, 9], method) == (None, 0)

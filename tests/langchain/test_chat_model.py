@@ -94,7 +94,7 @@ def test_stop_words_never_appear(llm):
 
 def seconds_until_free(llm: ChatA3) -> float:
     started = time.perf_counter()
-    while llm.engine.runtime.shared._replies:
+    while llm.engine.runtime.decoder._requests:
         time.sleep(0.01)
     return time.perf_counter() - started
 

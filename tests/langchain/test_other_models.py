@@ -29,7 +29,7 @@ from a3_engine.decoding.grammar import FollowGrammar
 from a3_integrations.langchain import A3LLM, A3VectorStore, ChatA3, create_a3_documents_chain
 from a3_integrations.langchain.messages import to_engine
 from tests.engine.conftest import LONG
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 TEXT = "The lamp of the lighthouse burns through the night, and the keeper sleeps at noon."
 CALL = {"name": "keeper", "args": {"of": "lamp"}, "id": "call_1", "type": "tool_call"}
@@ -79,7 +79,9 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
-    engine = A3Engine.from_pretrained(tiny_model(LONG), tiny_tokenizer(), cache_dir=folder)
+    engine = A3Engine.from_pretrained(
+        tiny_model(LONG), tiny_tokenizer(), cache_dir=folder, stand_in=STAND_IN
+    )
     yield ChatA3(engine=engine, max_tokens=2)
     engine.close()
 
@@ -274,8 +276,21 @@ def test_an_ordinary_prefill_warns_of_nothing(llm, recwarn, caplog):
         tiny_model(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, eos_token_id=2)),
         tiny_tokenizer(),
         cache_dir=engine.cache_dir,
+        stand_in=STAND_IN,
     )
     refused.generate("Who?", max_new_tokens=2)
     said = caplog.text + "".join(str(warning.message) for warning in recwarn)
     assert "top_k" not in said
     refused.close()
+
+
+@pytest.mark.parametrize("before", ["Hi ", "", "Read this.\n\n", f"{TEXT[:40]} "])
+def test_a_completion_may_end_in_a_stored_text(llm, before):
+    """Its last token is computed; a prompt that is one text is a question, and no chunk."""
+    llm.precompute([Document(page_content=TEXT)], progress=False)
+    completion = A3LLM(engine=llm.engine, max_tokens=3, selector="mend", ratio=1.0)
+    exact = A3LLM(engine=llm.engine, max_tokens=3, selector="full_prefill")
+    answer = completion.generate([before + TEXT]).generations[0][0]
+    assert answer.generation_info["a3"]["chunks"] == bool(before)
+    assert answer.text == exact.invoke(before + TEXT)
+    assert completion.invoke(before + TEXT) == answer.text

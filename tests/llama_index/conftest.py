@@ -39,7 +39,7 @@ class Words(BaseEmbedding):
 
 @pytest.fixture
 def llm(demo_engine: A3Engine) -> A3LLM:
-    demo_engine.runtime.turns.clear()
+    demo_engine.runtime.prefix_cache.clear()
     return A3LLM(engine=demo_engine, max_new_tokens=8)
 
 

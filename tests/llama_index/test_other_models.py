@@ -21,7 +21,7 @@ from a3_engine import A3Engine
 from a3_integrations.llama_index import A3LLM
 from a3_integrations.llama_index.responses import to_engine
 from tests.engine.conftest import LONG
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 ROLES = [MessageRole.USER, MessageRole.ASSISTANT, MessageRole.SYSTEM, MessageRole.TOOL]
 CALL = {"id": "call_1", "function": {"name": "keeper", "arguments": '{"of": "lamp"}'}}
@@ -43,7 +43,9 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
-    engine = A3Engine.from_pretrained(tiny_model(LONG), tiny_tokenizer(), cache_dir=folder)
+    engine = A3Engine.from_pretrained(
+        tiny_model(LONG), tiny_tokenizer(), cache_dir=folder, stand_in=STAND_IN
+    )
     yield A3LLM(engine=engine, max_new_tokens=2)
     engine.close()
 

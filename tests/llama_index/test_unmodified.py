@@ -107,7 +107,7 @@ def test_an_exact_chat_answers_as_without_kept_turns(llm, index):
         prompts.append(llm.last_report.trace.prompt)
     assert llm.last_report.reused_turn_tokens > 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        llm.engine.runtime.turns.clear()
+        llm.engine.runtime.prefix_cache.clear()
         alone = llm.engine.generate(prompt, selector="full_prefill", max_new_tokens=8)
         assert alone.report.reused_turn_tokens == 0
         assert alone.text == answer

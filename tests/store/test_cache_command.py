@@ -13,7 +13,7 @@ import pytest
 
 from a3_engine import A3Engine
 from a3_engine.chunks.archive import import_chunks
-from a3_engine.chunks.text_index import Catalogue
+from a3_engine.chunks.text_index import TextIndex
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli import main
 from tests.store.stored import header, holds, payload, payloads
@@ -28,9 +28,9 @@ def cache(tmp_path: Path) -> Path:
     store = DiskStore(tmp_path / "cache" / "chunks")
     for seed, tag in ((1, "a"), (2, "a"), (3, None)):
         store.put(payload(seed), tag)
-    catalogue = Catalogue(store, "engine")
-    catalogue.add([(TEXT, header(1).key, "a")])
-    catalogue.write()
+    text_index = TextIndex(store, "engine")
+    text_index.add([(TEXT, header(1).key, "a")])
+    text_index.write()
     store.close()
     return tmp_path / "cache"
 
@@ -78,7 +78,7 @@ def test_verify_reports_and_with_fix_removes(cache, capsys):
 def test_evict_by_tag_age_and_size(cache, capsys):
     assert run("evict", "--tag", "a", "--cache-dir", cache) == 0
     assert "2 chunks" in capsys.readouterr().out
-    assert Catalogue(opened(cache), "engine").find(TEXT) == []
+    assert TextIndex(opened(cache), "engine").find(TEXT) == []
     assert run("evict", "--older-than", "1h", "--cache-dir", cache) == 0
     assert opened(cache).stats().entries == 1
     assert run("evict", "--to-size", "1K", "--cache-dir", cache) == 0
@@ -107,10 +107,10 @@ def test_an_archive_carries_chunks_tags_and_texts(cache, tmp_path, capsys):
     assert "3 chunks taken over, 0 refused" in capsys.readouterr().out
     store = opened(other)
     assert all(holds(store, seed) for seed in (1, 2, 3))
-    catalogue = Catalogue(store, "engine")
-    assert len(catalogue.find(TEXT)) == 1
+    text_index = TextIndex(store, "engine")
+    assert len(text_index.find(TEXT)) == 1
     assert store.evict("a") == {header(1).key, header(2).key}
-    assert catalogue.find(TEXT) == []
+    assert text_index.find(TEXT) == []
     store.close()
 
 

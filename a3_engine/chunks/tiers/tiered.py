@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from a3_engine.chunks.keyed_locks import Flights
+from a3_engine.chunks.keyed_locks import KeyedLocks
 from a3_engine.chunks.known import About
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore, StoreStats
@@ -29,7 +29,7 @@ class TieredStore:
     def __init__(self, tiers: Sequence[ChunkStore], local: DiskStore) -> None:
         self._tiers, self.local = tiers, local
         # Two requests that both need a chunk from a slow tier meet here, and fetch it once.
-        self._flights = Flights()
+        self._flights = KeyedLocks()
 
     def get(self, expected: Header) -> Payload | None:
         with self._flights.of(expected.key):

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 BLOCK_ROWS = 128  # attention weights are fp32: 128 rows over 8k tokens and 32 heads take 134 MB
 
@@ -47,7 +47,7 @@ class Compression(ABC):
 
     @abstractmethod
     def score(
-        self, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> torch.Tensor:
         """How much one layer needs each token; the highest scores stay, infinite ones first.
 
@@ -57,7 +57,7 @@ class Compression(ABC):
             Of the rows that the pass computed, ``(1, heads, rows, head_dim)``, rotated.
         key : torch.Tensor
             Of all tokens, ``(1, kv_heads, tokens, head_dim)``, rotated.
-        rows : Rows
+        rows : RowMask
             Where they stand.
 
         Returns
@@ -84,7 +84,7 @@ class Compressor:
         self._slots: dict[int, torch.Tensor] = {}
 
     def observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         """Take in one layer of the fusion pass."""
         scores = self.method.score(query, key, rows, scaling)
@@ -92,7 +92,7 @@ class Compressor:
 
     def compress(self, model: PreTrainedModel, cache: FusedCache, token: int) -> None:
         """Cut the completed cache; ``token`` is the answer's first."""
-        cache.keep(self._where(model, cache, token))
+        cache.retain(self._where(model, cache, token))
 
     def _where(
         self, model: PreTrainedModel, cache: FusedCache, token: int

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from a3_engine.decoding.compression.base import BLOCK_ROWS, Compression, attention_weights
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class H2O(Compression):
     recent: float = 0.5
 
     def score(
-        self, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> torch.Tensor:
         visible = rows.keys_before(rows.positions + 1)
         total = torch.zeros(key.shape[1:3], device=key.device)

@@ -12,7 +12,7 @@ from a3_engine.decoding.compression.base import Compressor, best, full_attention
 from a3_engine.decoding.compression.snapkv import SnapKV
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.lookahead import lookahead_queries
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LAQCompressor(Compressor):
         self._last: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
 
     def observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
         super().observe(layer, query, key, rows, scaling)
         first = max(0, query.shape[2] - self.method.prompt_rows)

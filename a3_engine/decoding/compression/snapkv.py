@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from a3_engine.decoding.compression.base import Compression, attention_weights
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SnapKV(Compression):
             raise ValueError(f"The pooling width is odd and positive, not {self.kernel}.")
 
     def score(
-        self, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> torch.Tensor:
         visible = rows.keys_before(rows.positions[-self.window :] + 1)
         last = query[:, :, -len(visible) :]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from a3_engine.decoding.compression.base import Compression
-from a3_engine.model.masks import Rows
+from a3_engine.model.masks import RowMask
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Streaming(Compression):
     sinks: int = 4
 
     def score(
-        self, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+        self, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> torch.Tensor:
         scores = torch.arange(key.shape[2], dtype=torch.float32, device=key.device)
         scores[: self.sinks] = float("inf")

@@ -16,10 +16,10 @@ from typing import ClassVar, Self
 import torch
 
 from a3_engine.fusion.attention_sums import Pool
-from a3_engine.fusion.cache import Correction
-from a3_engine.fusion.correction import Drift, DriftRepair
+from a3_engine.fusion.cache import BeforeWrite
+from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.layout import Layout
-from a3_engine.model.masks import Near
+from a3_engine.model.masks import LocalGlobal
 from a3_engine.model.rotary import Rotation
 
 
@@ -47,13 +47,13 @@ class Selector(ABC):
     ratio : float
         Share of tokens to recompute, 0 to 1. At 1.0 every token is computed, which is a full
         prefill; at 0.0 only the fresh tokens are, which is full reuse.
-    repair : DriftRepair or None
+    correction : KVCorrection or None
         Also move the chunk tokens that are not recomputed.
     """
 
     name: ClassVar[str]
     ratio: float = 0.15
-    repair: DriftRepair | None = None
+    correction: KVCorrection | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.ratio, Real) or not 0.0 <= self.ratio <= 1.0:
@@ -70,9 +70,9 @@ class Selector(ABC):
         """Number of chunk tokens to recompute."""
         return int(len(layout.chunk_positions) * self.ratio)
 
-    def correction(
+    def before_write(
         self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]
-    ) -> Correction | None:
+    ) -> BeforeWrite | None:
         """What is done to a layer before its computed rows are written over the stored ones.
 
         Parameters
@@ -80,7 +80,9 @@ class Selector(ABC):
         devices : sequence of torch.device
             Where each layer is.
         """
-        return Drift(self.repair, layout, rotation, devices).apply if self.repair else None
+        return (
+            Corrector(self.correction, layout, rotation, devices).apply if self.correction else None
+        )
 
 
 @dataclass(frozen=True)
@@ -141,16 +143,16 @@ class QuestionSelector(Selector):
         """The layers whose attention is wanted; all of them unless a method says otherwise."""
         return range(n_layers)
 
-    def stages(self, n_layers: int) -> dict[int, float]:
+    def kept_per_layer(self, n_layers: int) -> dict[int, float]:
         """Layers from which on only a share of the picked tokens is computed, with that share.
 
         In ascending order from 1 on, the shares falling; see :mod:`a3_engine.fusion.layer_pruning`.
         """
         return {}
 
-    def near(
+    def local_global(
         self, layout: Layout, attention: torch.Tensor, n_layers: int
-    ) -> tuple[int, Near] | None:
+    ) -> tuple[int, LocalGlobal] | None:
         """From which layer on the picked tokens attend to less than everything, and what.
 
         ``attention`` is that of :meth:`select`. None where they attend to everything.

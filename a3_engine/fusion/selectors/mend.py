@@ -10,11 +10,11 @@ import torch
 
 from a3_engine.devices import send
 from a3_engine.fusion.attention_sums import Pool
-from a3_engine.fusion.correction import DriftRepair
+from a3_engine.fusion.correction import KVCorrection
 from a3_engine.fusion.selectors.base import QuestionSelector
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
-from a3_engine.model.masks import Near
+from a3_engine.model.masks import LocalGlobal
 
 # Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
@@ -25,7 +25,7 @@ LEAST_SHARE = 1 / 3  # of the layers; what happens in these, all others see
 
 @dataclass(frozen=True)
 class Mend(QuestionSelector):
-    """Question attention over the lower layers, fewer rows above, and drift repair of the rest.
+    """Question attention over the lower layers, fewer rows above, and KV correction of the rest.
 
     A token counts by the most that any token of the question attends to it, the first ones of a
     chunk for more than that. Tokens whose stored KV is exact already, those of a first chunk that
@@ -39,7 +39,7 @@ class Mend(QuestionSelector):
         Tokens to recompute in any case, where there are so many: in short prompts each chunk is a
         large part, and a small share of them is few tokens to learn from. It counts for the
         method's own ratio alone; one that is asked for is meant as it is.
-    repair : DriftRepair or None
+    correction : KVCorrection or None
         How the other chunk tokens are moved; see :mod:`a3_engine.fusion.correction`.
     depth : float
         Share of the layers, from the first, whose attention is looked at; the scoring pass ends
@@ -58,7 +58,7 @@ class Mend(QuestionSelector):
     pool: ClassVar[Pool] = "max"
     ratio: float = 0.05
     # Chunks that were computed behind a stand-in have little left to be moved.
-    repair: DriftRepair | None = field(default_factory=lambda: DriftRepair(strength=0.3))
+    correction: KVCorrection | None = field(default_factory=lambda: KVCorrection(strength=0.3))
     least: int = 128
     depth: float = 1 / 3
     narrow: tuple[tuple[float, float], ...] = ((0.5, 0.7), (0.6, 0.45), (0.8, 0.15))
@@ -93,27 +93,27 @@ class Mend(QuestionSelector):
     def layers(self, n_layers: int) -> range:
         return range(math.ceil(n_layers * self.depth))
 
-    def stages(self, n_layers: int) -> dict[int, float]:
+    def kept_per_layer(self, n_layers: int) -> dict[int, float]:
         return {math.ceil(n_layers * at): share for at, share in self.narrow}
 
-    def near_from(self, n_layers: int, n_chunk_tokens: int) -> int | None:
+    def local_from(self, n_layers: int, n_chunk_tokens: int) -> int | None:
         """The layer from which on the picked tokens attend to less; None where nowhere."""
         if n_chunk_tokens <= self.long_tokens:
             return None
         # Scores of rows over keys grow with the square of the tokens.
         return math.ceil(n_layers * max((self.long_tokens / n_chunk_tokens) ** 2, LEAST_SHARE))
 
-    def near(
+    def local_global(
         self, layout: Layout, attention: torch.Tensor, n_layers: int
-    ) -> tuple[int, Near] | None:
-        first = self.near_from(n_layers, len(layout.chunk_positions))
+    ) -> tuple[int, LocalGlobal] | None:
+        first = self.local_from(n_layers, len(layout.chunk_positions))
         if first is None:
             return None
         # Chunk tokens that are exact already are attended to as well, though never picked.
         scores, picked = self.scores(layout, attention), self.select(layout, attention)
         best = top_candidates(scores, layout.chunk_positions, SHARED * self.budget(layout))
         shared = torch.cat([picked, best])
-        return first, Near(layout.with_chunk_tokens(shared), WINDOW, layout.chunks[-1].stop)
+        return first, LocalGlobal(layout.with_chunk_tokens(shared), WINDOW, layout.chunks[-1].stop)
 
     def scores(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
         """How much each token counts, ``(tokens,)``; the attention is that of :meth:`select`."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from a3_engine.devices import send
-from a3_engine.fusion.cache import Correction, FusedLayer
+from a3_engine.fusion.cache import BeforeWrite, FusedLayer
 from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation
@@ -114,9 +114,9 @@ class SamKV(SparseSelector):
             room -= len(candidates[best])
         return torch.cat(kept)
 
-    def correction(
+    def before_write(
         self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]
-    ) -> Correction | None:
+    ) -> BeforeWrite | None:
         if self.update == "overwrite":
             return None
         return partial(_mean_with_stored, layout.chunk_positions)
@@ -130,7 +130,7 @@ def _mean_with_stored(
     fresh_key: torch.Tensor,
     fresh_value: torch.Tensor,
 ) -> None:
-    """The update by fusion, of chunk tokens alone; see `Correction` for the other parameters."""
+    """The update by fusion, of chunk tokens alone; see `BeforeWrite` for the other parameters."""
     assert layer.rows is not None
     which = torch.isin(rows, send(chunk_positions, rows.device)).nonzero()[:, 0]
     slots, which = layer.rows[which].to(layer.device), which.to(layer.device)

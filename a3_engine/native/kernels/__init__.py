@@ -1,4 +1,4 @@
-"""The same loops for GPUs, in Triton: attention of scattered rows, placing, drift repair.
+"""The same loops for GPUs, in Triton: attention of scattered rows, placing, KV correction.
 
 They compute what :mod:`a3_engine.native.loops` computes, from indices that lie on the device, so
 that no call waits for it. The shapes of the launches follow from the shapes of the tensors alone.

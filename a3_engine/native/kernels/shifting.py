@@ -1,4 +1,4 @@
-"""Drift repair: how far the probes moved, and the others after them."""
+"""KV correction: how far the probes moved, and the others after them."""
 
 from __future__ import annotations
 
