@@ -31,8 +31,8 @@ from a3_engine.fusion.encoding import ChunkEncoder
 from a3_engine.fusion.prefix_cache import MAX_BYTES, PrefixCache
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.gate import GateResult, check_model
-from a3_engine.kv import token_nbytes
 from a3_engine.model.executor import DeviceExecutor
+from a3_engine.model.kv_shape import token_nbytes
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
 from a3_engine.native import loops
@@ -236,5 +236,5 @@ def _identity(
     if weights.reason is not None:
         gate = replace(gate, rotation=None, reason=gate.reason or weights.reason)
     rotation = gate.rotation
-    turning = (rotation.inv_freq.tolist(), rotation.adjacent) if rotation else None
+    turning = ([row.tolist() for row in rotation.inv_freq], rotation.adjacent) if rotation else None
     return digest(weights.identity, tokenizer, codec, turning), gate

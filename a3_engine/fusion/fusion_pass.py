@@ -35,6 +35,9 @@ from a3_engine.model.batch_cache import BatchCache
 from a3_engine.model.cache_argument import cache_in, with_cache
 from a3_engine.model.masks import LocalGlobal, Observer, RowMask
 
+# What a layer is called with that has a part for each row, beside its positional arguments.
+SLICED = {"hidden_states", "per_layer_input", "position_embeddings"}
+
 
 class Abandoned(Exception):
     """Nobody waits for this request any more; its computation stops."""
@@ -205,7 +208,7 @@ class FusionPass:
         if self.abandoned():
             raise Abandoned
         if index == 0:
-            n_given = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            n_given = (args[0] if args else kwargs["hidden_states"]).shape[-2]
             self._given = (
                 torch.arange(n_given, device=self._home)
                 if n_given == self.layout.n_tokens
@@ -221,6 +224,8 @@ class FusionPass:
             before, left = self.rows, self.pruning.pick(index)
             self._go_on_with(torch.cat([left, self.layout.fresh]).sort().values)
             args, kwargs = self._sliced(args, kwargs, before)
+        if index >= len(cache.layers):
+            return self._sharing(args, kwargs)
         cached, mask = cache.layers[index], self._shared_mask(index)
         cached.rows = mask.slots
         cached.before_write = (
@@ -237,6 +242,17 @@ class FusionPass:
             mask = RowMask(self.rows, self._key_positions)
             args, kwargs = self._sliced(args, kwargs, before)
         return args, {**kwargs, "attention_mask": mask}
+
+    def _sharing(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The input of a layer that attends to the keys and values of one below.
+
+        Its model may have cut it to the last tokens by itself.
+        """
+        args, kwargs = self._sliced(args, kwargs, self._given)
+        n_rows = (args[0] if args else kwargs["hidden_states"]).shape[-2]
+        return args, {**kwargs, "attention_mask": RowMask(self.rows[-n_rows:], self._key_positions)}
 
     def _shared_mask(self, index: int) -> RowMask:
         """The current rows as a mask, made once for all layers where they see the same."""
@@ -267,26 +283,24 @@ class FusionPass:
         if len(self.rows) == len(given):
             return args, kwargs
 
-        def of(states: torch.Tensor, *, again: bool = True) -> torch.Tensor:
-            if states.shape[1] != len(given):
+        def of(states: Any, *, again: bool = False) -> Any:
+            if isinstance(states, tuple):  # tables of the rotation, the same in many layers
+                return tuple(of(table, again=True) for table in states)
+            if not torch.is_tensor(states) or states.shape[-2] != len(given):
                 return states
-            if id(states) not in self._cut or not again:
-                among = torch.searchsorted(given, self.rows).to(states.device)
-                cut = states.index_select(1, among)
-                if not again:
-                    return cut
+            if again and id(states) in self._cut:
+                return self._cut[id(states)][1]
+            among = torch.searchsorted(given, self.rows).to(states.device)
+            cut = states.index_select(-2, among)
+            if again:
                 self._cut[id(states)] = states, cut  # holds it, so that no other gets its number
-            return self._cut[id(states)][1]
+            return cut
 
-        kwargs = dict(kwargs)
-        if args:
-            args = (of(args[0], again=False), *args[1:])
-        else:
-            kwargs["hidden_states"] = of(kwargs["hidden_states"], again=False)
-        if (tables := kwargs.get("position_embeddings")) is not None:
-            kwargs["position_embeddings"] = tuple(of(table) for table in tables)
+        args, kwargs = tuple(of(each) for each in args), dict(kwargs)
+        for name in SLICED & kwargs.keys():
+            kwargs[name] = of(kwargs[name])
         if (positions := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = of(positions)
+            kwargs["position_ids"] = of(positions[..., None])[..., 0]
         return args, kwargs
 
     def _select_at(
@@ -358,9 +372,11 @@ def install_hooks(model: PreTrainedModel) -> None:
                 return args, {**kwargs, "attention_mask": cache.mask}
             if not isinstance(cache, FusedCache):
                 return None
-            if cache.fusion is not None and cache.layers[index].pending:
+            if index == 0:
+                cache.passing = cache.layers[0].pending
+            if cache.fusion is not None and cache.passing:
                 return cache.fusion.before_layer(cache, layer, index, args, kwargs)
-            if cache.observer is not None:
+            if cache.observer is not None and index < len(cache.layers):
                 hidden = args[0] if args else kwargs["hidden_states"]
                 slots = cache.layers[index].length + torch.arange(hidden.shape[1])
                 return args, {**kwargs, "attention_mask": RowMask(slots, observer=cache.observer)}
