@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from a3_engine.assembly import assemble, touch
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
-from a3_engine.chunks.stand_in import SHIPPED, passages_of
+from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
@@ -28,7 +28,7 @@ from a3_engine.decoding.sampling import Sampling
 from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.selectors import choose_selector
+from a3_engine.fusion.selectors import BALANCED, choose_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.ingestion import Precomputed, ingest
 from a3_engine.messages import clean
@@ -86,7 +86,8 @@ class A3Engine:
         :class:`~a3_engine.prompt.PromptPlanner`.
     stand_in : str or sequence of str
         What they are computed behind as well, in place of a prompt's other documents:
-        ``"shipped"``, ``"none"`` or passages of your own; see :mod:`a3_engine.chunks.stand_in`.
+        ``"shipped"``, ``"none"`` or passages of your own; ``"auto"`` is what `a3 tune` saved for
+        this model, or else ``"shipped"``. See :mod:`a3_engine.chunks.stand_in`.
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
@@ -107,7 +108,7 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
-        stand_in: str | Sequence[str] = SHIPPED,
+        stand_in: str | Sequence[str] = AUTO,
         size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
@@ -115,6 +116,7 @@ class A3Engine:
         self.name = name
         self.cache_dir = _absolute(cache_dir)
         self.selector = choose_selector(selector, ratio, quality)
+        self._by_default = selector is None and ratio is None and quality in (None, BALANCED)
         self.compression = make_compression(compression, keep)
         passages_of(stand_in)  # a wrong one fails here
         self._source = source
@@ -493,8 +495,12 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
     ) -> Method:
+        default, profile = self.selector, self.runtime.profile
+        asked_for = quality == BALANCED and selector is None and ratio is None
+        if profile is not None and (asked_for or (self._by_default and quality is None)):
+            default, quality = profile.selector, None
         return Method(
-            choose_selector(selector, ratio, quality, self.selector),
+            choose_selector(selector, ratio, quality, default),
             make_compression(self.compression if compression is None else compression, keep),
         )
 

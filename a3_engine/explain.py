@@ -130,6 +130,7 @@ def _kinds(trace: Trace, report: FusionReport) -> list[Kind]:
     if report.fused:
         for start, segment in trace.prompt.cached:
             kinds[start : start + len(segment.ids)] = ["cached"] * len(segment.ids)
+        kinds[-1] = "fresh"  # whatever it belongs to
     for position in trace.recomputed:
         kinds[position] = "recomputed"
     kinds[: report.reused_turn_tokens] = ["kept"] * report.reused_turn_tokens

@@ -44,7 +44,9 @@ TESTED = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma3n_text",
         "gemma4_text",
+        "gemma4_unified_text",
         "glm",
         "glm4",
         "glm4_moe",
@@ -54,9 +56,12 @@ TESTED = frozenset(
         "granitemoe",
         "granitemoe_swa",
         "helium",
+        "laguna",
         "llama",
+        "mimo_v2_flash",
         "minimax_m2",
         "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
         "nanochat",
@@ -139,8 +144,6 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedModelError("it is an encoder-decoder model")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError("it compresses keys and values together (MLA)")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError("some of its layers share one cache")
     others = set(getattr(config, "layer_types", None) or []) - {
         "full_attention",
         "sliding_attention",
@@ -215,7 +218,7 @@ def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
         moved, signs, total = [], [], 0.0
         tables = replace(rotation, adjacent=adjacent).tables(torch.tensor([SHIFT]))
         for (keys, _), (there, _), (cos, sin) in zip(
-            probe.reference.states, far.states, tables, strict=True
+            probe.reference.states, far.states, tables, strict=False
         ):
             cos, sin = cos.to(keys.device), sin.to(keys.device)
             turned = {sign: keys.clone() for sign in (1, 0, -1)}
@@ -227,7 +230,8 @@ def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
             signs.append(sign)
             total += apart[sign]
         if best is None or total < best[0]:
-            inv_freq = rotation.inv_freq * torch.tensor(signs)[:, None]
+            turning = zip(rotation.inv_freq, signs, strict=False)
+            inv_freq = [row * sign for row, sign in turning]
             best = total, Rotation(inv_freq, rotation.max_tokens, adjacent), moved
     assert best is not None
     _, fitted, moved = best

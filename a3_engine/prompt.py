@@ -9,10 +9,11 @@ say is always tokenized as text. Every segment is tokenized by itself, in every 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from jinja2.exceptions import TemplateError
@@ -26,6 +27,7 @@ from a3_engine.tools import Tool, spelled_out
 __all__ = ["Chunk", "Message", "PromptPlanner"]
 
 PLACEHOLDER = "a3placeholder{}end"
+IN_TOOL_TURN = 'a3placeholder{}"end'  # which shows whether a template writes it as JSON
 JOINT = "\n"  # stands ahead of what is tokenized as the inside of a prompt, and is cut off again
 # Some templates write today's date, and chunks computed behind it would be others every night. With
 # this ahead of a template, it is always the same day.
@@ -48,7 +50,17 @@ PROBE: Tool = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
-Piece = str | tuple[int, list[str | Chunk]]
+
+
+class Contents(NamedTuple):
+    """What a message says; ``as_json`` is how Llama's templates write what tools answer."""
+
+    place: int
+    parts: list[str | Chunk]
+    as_json: bool = False
+
+
+Piece = str | Contents
 
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, Lock] = WeakKeyDictionary()
 _locks_lock = Lock()
@@ -139,12 +151,14 @@ class PromptPlanner:
                 ids = self.tokenize_template(piece.removesuffix(lent), begins=not place)
                 self._append_fresh(segments, ids)
                 continue
-            index, parts = piece
+            index, parts, as_json = piece
             if lent:
                 parts, lent = [f"{lent}{parts[0]}", *parts[1:]], ""
             first = len(segments)
             behind_chunks = first
             cut = self._matched(parts, asks=index == last_user) if match else parts
+            if as_json:  # documents stay as they are stored
+                cut = [part if isinstance(part, Chunk) else _inside_json(part) for part in cut]
             for part in cut:
                 if isinstance(part, Chunk):
                     self._append_chunk(segments, part)
@@ -296,12 +310,12 @@ class PromptPlanner:
         if not self.tokenizer.chat_template:
             plain: list[Piece] = []
             for index, message in enumerate(messages):
-                plain += ["\n\n"] * (index > 0) + [(index, message.parts)]
+                plain += ["\n\n"] * (index > 0) + [Contents(index, message.parts)]
             return plain
         conversation = []
         for index, message in enumerate(messages):
             silent = message.tool_calls and not message.text
-            mark = "" if silent else PLACEHOLDER.format(index)
+            mark = "" if silent else _mark(index, message)
             conversation.append(message.in_template(mark))
         try:
             return self._cut(messages, self._render(conversation, tools, template))
@@ -317,7 +331,9 @@ class PromptPlanner:
         """Cut a rendered conversation at the marks that stand for its contents."""
         pieces: list[Piece] = []
         for index, message in enumerate(messages):
-            mark = PLACEHOLDER.format(index)
+            mark = _mark(index, message)
+            as_json = mark not in text and _inside_json(mark) in text
+            mark = _inside_json(mark) if as_json else mark
             if message.tool_calls and mark not in text:
                 continue  # nothing to show, or a template that shows a turn's calls only
             before, found, text = text.partition(mark)
@@ -328,7 +344,7 @@ class PromptPlanner:
                 )
             pieces += [before] * bool(before)
             parts = _stripped(message.parts) if self._trims else message.parts
-            pieces.append((index, parts))
+            pieces.append(Contents(index, parts, as_json))
         return pieces + [text] * bool(text)
 
     def _matched(self, parts: Sequence[str | Chunk], asks: bool) -> list[str | Chunk]:
@@ -360,7 +376,7 @@ class PromptPlanner:
             segments.append(Segment("fresh", ids))
 
     def _finish(self, segments: list[Segment], question_from: int) -> Prompt:
-        """Put BOS and the encode prefix in place; something fresh always ends the prompt."""
+        """Put BOS and the encode prefix in place."""
         added = 0
         if not segments:
             raise ValueError("The prompt is empty: give at least one message with text.")
@@ -377,10 +393,19 @@ class PromptPlanner:
             if rest:
                 segments.insert(1, replace(head, ids=rest))
                 added += 1
-        if segments[-1].kind != "fresh":
-            # The last token is always computed: its logits choose the answer's first token.
+        if segments[-1].kind == "prefix" or len(segments[-1].ids) == 1:
+            # The last token is always computed, and a cached segment has one beside it.
             segments[-1] = replace(segments[-1], kind="fresh")
         return Prompt(tuple(segments), min(question_from + added, len(segments) - 1))
+
+
+def _mark(index: int, message: Message) -> str:
+    return (IN_TOOL_TURN if message.role == "tool" else PLACEHOLDER).format(index)
+
+
+def _inside_json(text: str) -> str:
+    """As it stands between the quotes of a JSON string, in the way of transformers' templates."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _lock_of(tokenizer: PreTrainedTokenizerBase) -> Lock:

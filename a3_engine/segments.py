@@ -58,7 +58,7 @@ class Prompt:
         return [(start, segment) for start, segment in starts if segment.kind != "fresh"]
 
     def layout(self, behind: tuple[int, ...], reused: int = 0, head: int | None = None) -> Layout:
-        """Positions by role.
+        """Positions by role. The last token is computed in any case: it chooses the answer's first.
 
         Parameters
         ----------
@@ -75,11 +75,16 @@ class Prompt:
         question: list[torch.Tensor] = []
         position = 0
         so_far: list[int] = []
+        last = self.n_tokens - 1
         for index, segment in enumerate(self.segments):
             stop = position + len(segment.ids)
             if segment.kind == "chunk" and position >= reused:
-                n_exact = stop - position if head is None else min(head, stop - position)
-                chunks.append(Span(position, stop, n_exact if tuple(so_far) == behind else 0))
+                end = min(stop, last)
+                n_exact = end - position if head is None else min(head, end - position)
+                chunks.append(Span(position, end, n_exact if tuple(so_far) == behind else 0))
+                if end < stop:
+                    fresh.append(torch.tensor([last]))
+                    question.append(fresh[-1])
             elif segment.kind != "prefix" and stop > reused:
                 fresh.append(torch.arange(max(position, reused), stop))
                 if index >= self.question_from:

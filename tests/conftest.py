@@ -15,12 +15,20 @@ from pytest_socket import disable_socket
 from transformers import PretrainedConfig
 
 from a3_engine import A3Engine
+from a3_engine.native import loops
 from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def _no_network() -> None:
     disable_socket(allow_unix_socket=True)  # event loops make one to wake themselves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loops() -> None:
+    """There before the first test, so that no two answers differ by who rounded."""
+    for dtype in (torch.float32, torch.bfloat16):
+        loops.library(dtype, None)
 
 
 @pytest.fixture

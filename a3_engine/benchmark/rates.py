@@ -54,7 +54,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "dtype": str(dtype).removeprefix("torch."),
-        "loops": device.type == "cpu" and loops.library(dtype) is not None,
+        "loops": device.type == "cpu" and loops.library(dtype, None) is not None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -21,7 +21,7 @@ from a3_engine.chunks.resident import Resident
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.chunks.text_index import TextIndex
 from a3_engine.errors import StoreError
-from a3_engine.kv import ChunkKV
+from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Encoder(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def shape(self, n_tokens: int) -> tuple[int, int, int, int]: ...
+    @property
+    def shape(self) -> KVShape: ...
 
     def batches(self, items: Sequence[Item], lengths: Sequence[int]) -> Iterator[list[Item]]: ...
 
@@ -93,7 +94,7 @@ class ChunkLibrary:
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
         self._encoder = encoder
-        self._shape, self._dtype = encoder.shape(1), encoder.dtype
+        self._shape, self._dtype = encoder.shape, encoder.dtype
         self._engine, self.codec = engine, codec
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = KeyedLocks()
@@ -291,10 +292,16 @@ class ChunkLibrary:
         behind = self.context_ids(segment)
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
-        layers, kv_heads, _, head_dim = self._shape
-        shape = (layers, kv_heads, len(segment.ids), head_dim)
-        stand_in = self.stand_in if behind != self.prefix_ids and behind else ""
-        return Header(key, self._engine, shape, self._dtype, codec, stand_in=stand_in)
+        shape, values = self._shape.of_chunk(len(segment.ids))
+        return Header(
+            key,
+            self._engine,
+            shape,
+            self._dtype,
+            codec,
+            stand_in=self.stand_in if behind != self.prefix_ids and behind else "",
+            value_dim=0 if values == shape else values[3],
+        )
 
 
 def _about(segment: Segment) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from a3_engine.layout import Layout
 from a3_engine.model.attention import project
 from a3_engine.model.hooks import Args, Kwargs
 from a3_engine.model.masks import LocalGlobal, Observer, RowMask
+
+# What a layer is called with that has a part for each row, beside its positional arguments.
+SLICED = {"hidden_states", "per_layer_input", "position_embeddings"}
 
 
 class Abandoned(Exception):
@@ -205,7 +208,7 @@ class FusionPass:
         if self.abandoned():
             raise Abandoned
         if index == 0:
-            n_given = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            n_given = (args[0] if args else kwargs["hidden_states"]).shape[-2]
             self._given = (
                 torch.arange(n_given, device=self._home)
                 if n_given == self.layout.n_tokens
@@ -217,6 +220,8 @@ class FusionPass:
             before, left = self.rows, self.pruning.pick(index)
             self._go_on_with(torch.cat([left, self.layout.fresh]).sort().values)
             args, kwargs = self._sliced(args, kwargs, before)
+        if index >= len(cache.layers):
+            return self._sharing(args, kwargs)
         cached, mask = cache.layers[index], self._shared_mask(index)
         cached.rows = mask.slots
         cached.before_write = (
@@ -233,6 +238,15 @@ class FusionPass:
             mask = RowMask(self.rows, self._key_positions)
             args, kwargs = self._sliced(args, kwargs, before)
         return args, {**kwargs, "attention_mask": mask}
+
+    def _sharing(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The input of a layer that attends to the keys and values of one below.
+
+        Its model may have cut it to the last tokens by itself.
+        """
+        args, kwargs = self._sliced(args, kwargs, self._given)
+        n_rows = (args[0] if args else kwargs["hidden_states"]).shape[-2]
+        return args, {**kwargs, "attention_mask": RowMask(self.rows[-n_rows:], self._key_positions)}
 
     def _shared_mask(self, index: int) -> RowMask:
         """The current rows as a mask, made once for all layers where they see the same."""
@@ -261,26 +275,24 @@ class FusionPass:
         if len(self.rows) == len(given):
             return args, kwargs
 
-        def of(states: torch.Tensor, *, again: bool = True) -> torch.Tensor:
-            if states.shape[1] != len(given):
+        def of(states: Any, *, again: bool = False) -> Any:
+            if isinstance(states, tuple):  # tables of the rotation, the same in many layers
+                return tuple(of(table, again=True) for table in states)
+            if not torch.is_tensor(states) or states.shape[-2] != len(given):
                 return states
-            if id(states) not in self._cut or not again:
-                among = torch.searchsorted(given, self.rows).to(states.device)
-                cut = states.index_select(1, among)
-                if not again:
-                    return cut
+            if again and id(states) in self._cut:
+                return self._cut[id(states)][1]
+            among = torch.searchsorted(given, self.rows).to(states.device)
+            cut = states.index_select(-2, among)
+            if again:
                 self._cut[id(states)] = states, cut  # holds it, so that no other gets its number
-            return self._cut[id(states)][1]
+            return cut
 
-        kwargs = dict(kwargs)
-        if args:
-            args = (of(args[0], again=False), *args[1:])
-        else:
-            kwargs["hidden_states"] = of(kwargs["hidden_states"], again=False)
-        if (tables := kwargs.get("position_embeddings")) is not None:
-            kwargs["position_embeddings"] = tuple(of(table) for table in tables)
+        args, kwargs = tuple(of(each) for each in args), dict(kwargs)
+        for name in SLICED & kwargs.keys():
+            kwargs[name] = of(kwargs[name])
         if (positions := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = of(positions)
+            kwargs["position_ids"] = of(positions[..., None])[..., 0]
         return args, kwargs
 
     def _select(

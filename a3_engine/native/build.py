@@ -2,14 +2,14 @@
 
 torch has no quick operation for a few loops: attention of one token over a long cache, of scattered
 rows, turning keys while they are copied, and moving tokens that follow others. On Linux, where the
-CPU has AVX512 and there is a `g++`, they are compiled on first use; anywhere else torch's
-operations do the same, more slowly.
+CPU has AVX512 and there is a `g++`, they are compiled on first use, in a thread that no answer
+waits for; until then, and anywhere else, torch's operations do the same, more slowly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -18,12 +18,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
 
 from a3_engine.owners import why_not_ours_alone
+from a3_engine.processes import Lock, end_at_exit, make_anew_in_child
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,71 @@ TIMEOUT_S = 60
 ANSWER_S = 5  # to say its version; one that waits for a licence or a network is left alone
 
 
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled loops for states of this dtype; None where they cannot be had: it is logged."""
+class Background:
+    """What is found or compiled, each in a thread of its own, and at exit given up."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._begun: dict[torch.dtype, tuple[threading.Thread, Future[ctypes.CDLL | None]]] = {}
+        self._compiling: set[subprocess.Popen[str]] = set()
+        self.ends = False
+        make_anew_in_child(self._renew)
+        end_at_exit(self._end)
+
+    def library(self, dtype: torch.dtype) -> Future[ctypes.CDLL | None]:
+        """Of the loops for a dtype, begun by whoever asks first."""
+        if (known := self._begun.get(dtype)) is not None:
+            return known[1]
+        with self._lock:
+            if dtype not in self._begun:
+                result: Future[ctypes.CDLL | None] = Future()
+                thread = threading.Thread(
+                    target=lambda: result.set_result(made(dtype)), name="a3-loops", daemon=True
+                )
+                self._begun[dtype] = thread, result
+                thread.start()
+            return self._begun[dtype][1]
+
+    @contextlib.contextmanager
+    def running(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        """For as long as a compiler runs: a program that ends takes it along."""
+        self._compiling.add(process)
+        try:
+            yield
+        finally:
+            self._compiling.discard(process)
+
+    def _renew(self) -> None:
+        self._compiling.clear()  # they are the parent's, and so are the threads
+        self._begun = {dtype: each for dtype, each in self._begun.items() if each[1].done()}
+
+    def _end(self) -> None:
+        self.ends = True
+        for process in list(self._compiling):
+            _kill(process)
+        for thread, _ in self._begun.values():
+            thread.join(1)  # it removes what was half made
+
+
+BACKGROUND = Background()
+
+
+def library(dtype: torch.dtype, seconds: float | None = 0.0) -> ctypes.CDLL | None:
+    """The compiled loops for states of this dtype; None where there are none, or not yet.
+
+    Parameters
+    ----------
+    seconds : float or None
+        How long to wait for them at most; None is as long as it takes.
+    """
+    found = BACKGROUND.library(dtype)
+    if not found.done():
+        wait([found], seconds)
+    return found.result() if found.done() else None
+
+
+def made(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Found or compiled now; None where they cannot be had, which is logged."""
     if os.environ.get(SWITCH) == "0" or not _fits_machine(dtype):
         return None
     # Another compiler's OpenMP would bring threads of its own, beside torch's.
@@ -60,6 +126,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
             path.unlink()
             return ctypes.CDLL(str(_compiled(compiler, _flags(dtype))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        if BACKGROUND.ends:
+            return None
         detail = getattr(error, "stderr", None) or error
         logger.warning("The native loops cannot be used, so attention is left to torch: %s", detail)
         return None
@@ -123,14 +191,21 @@ def _run(command: list[str], timeout: float) -> str:
         errors="replace",
     )
     try:
-        printed, complaint = process.communicate(timeout=timeout)
+        with BACKGROUND.running(process):
+            printed, complaint = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         process.communicate()
         raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, printed, complaint)
     return printed
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ SHAPES = {
     "many chunks": ["prefix", 9, 14, 7, "fresh"],
     "fresh between": ["prefix", "fresh", 9, "fresh", 14, "fresh"],
     "no prefix": [17, "fresh", 9, "fresh"],
+    "ends in a chunk": ["prefix", "fresh", 9, 14],
 }
 # Every shape with the default, and every other method with the shape that has all roles.
 CASES = [("mend", shape) for shape in SHAPES] + [
@@ -65,7 +66,7 @@ def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(),
 
     Segment by segment: a chunk runs behind prefix and stand-in, all at positions that put the chunk
     where it stands in the prompt; the first tokens of one that stands just behind the prefix run
-    behind that alone; fresh text runs after all that.
+    behind that alone; fresh text, and the prompt's last token, runs after all that.
     """
     prefix = list(engine.runtime.planner.prefix_ids)
     past, position = DynamicCache(), 0
@@ -87,11 +88,14 @@ def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(),
                 head = min(n, library_module.HEAD_TOKENS) if opens else 0
                 if head:
                     run_alone(prefix, segment.ids, 0, head)
-                if head < n:
-                    run_alone([*prefix, *stand_in], segment.ids, head, n)
+                kept = min(n, prompt.n_tokens - 1 - position)
+                if head < kept:
+                    run_alone([*prefix, *stand_in], segment.ids, head, kept)
             else:
-                ids = torch.tensor([list(segment.ids)])
-                places = torch.arange(n)[None] + position + 200
+                kept = 0
+            if kept < n:
+                ids = torch.tensor([list(segment.ids[kept:])])
+                places = torch.arange(kept, n)[None] + position + 200
                 output = model(
                     input_ids=ids, position_ids=places, **with_cache(model, past), **options
                 )

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +27,7 @@ NEIGHBOUR = {
 
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
-    if native.library(request.param) is None:
+    if native.library(request.param, None) is None:
         pytest.skip("this machine has no such loops")
     return request.param
 
@@ -170,13 +173,13 @@ def test_other_states_are_left_to_torch(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_have_no_loops(dtype):
-    assert build.library.__wrapped__(dtype) is None
+    assert build.made(dtype) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_can_be_switched_off(monkeypatch, dtype):
     monkeypatch.setenv(build.SWITCH, "0")
-    assert build.library.__wrapped__(dtype) is None
+    assert build.made(dtype) is None
 
 
 @pytest.mark.parametrize("compiler", ["none", "broken"])
@@ -187,14 +190,14 @@ def test_without_a_working_compiler_torch_computes(compiler, tmp_path, monkeypat
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build, "_fits_machine", lambda dtype: True)
     with caplog.at_level(logging.INFO):
-        assert build.library.__wrapped__(torch.float32) is None
+        assert build.made(torch.float32) is None
     assert "torch" in caplog.text
 
 
 @pytest.fixture
 def compiler(dtype, tmp_path, monkeypatch):
     """Makes a `g++` that does what a line of shell says, then gives the loops that are there."""
-    loops = native.library(dtype)._name
+    loops = native.library(dtype, None)._name
     log = tmp_path / "compiled"
     monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -214,23 +217,23 @@ def compiler(dtype, tmp_path, monkeypatch):
 def test_a_library_that_was_cut_is_built_again(dtype, compiler, tmp_path, left):
     """By a power cut or a full disk: loading it would end the process."""
     log = compiler()
-    assert build.library.__wrapped__(dtype) is not None
+    assert build.made(dtype) is not None
     (path,) = (tmp_path / "a3" / "native").glob("*.so")
     # In a new file: this process has the old one loaded, and would die of it at its end.
     cut = path.with_suffix(".cut")
     cut.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
     cut.chmod(path.stat().st_mode)
     os.replace(cut, path)
-    assert build.library.__wrapped__(dtype) is not None
-    assert build.library.__wrapped__(dtype) is not None
+    assert build.made(dtype) is not None
+    assert build.made(dtype) is not None
     assert len(log.read_text().splitlines()) == 2
 
 
 def test_a_compiler_may_speak_in_any_encoding(dtype, compiler):
     compiler("printf '13 \\351\\n'; printf 'Anmerkung \\344\\n' >&2")
-    assert build.library.__wrapped__(dtype) is not None
+    assert build.made(dtype) is not None
     compiler("printf 'Fehler \\344\\n' >&2; exit 1")
-    assert build.library.__wrapped__(dtype) is None
+    assert build.made(dtype) is None
 
 
 @pytest.mark.parametrize("when", ["--version", "-std=c++17"])
@@ -242,7 +245,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
     started = tmp_path / "started"
     compiler(f'[ "$1" = {when} ] && {{ sleep 600 & echo $! > {started}; wait; }}')
     before = time.monotonic()
-    assert build.library.__wrapped__(dtype) is None
+    assert build.made(dtype) is None
     assert time.monotonic() - before < 10
     state = Path(f"/proc/{started.read_text().strip()}/stat")
 
@@ -257,6 +260,58 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
         time.sleep(0.05)
 
 
+START = """
+import sys, time
+from tests.tiny import tiny_model, tiny_tokenizer
+from a3_engine import A3Engine
+from a3_engine.native import build, loops
+build._fits_machine = lambda dtype: True
+build.user_cache_path = lambda name: __import__("pathlib").Path(sys.argv[1])
+engine = A3Engine.from_pretrained(tiny_model("llama"), tiny_tokenizer(), cache_dir=sys.argv[1])
+before = time.monotonic()
+answer = engine.generate("Who?", chunks=["The lamp of the lighthouse burns."], max_new_tokens=3)
+"""
+
+
+@pytest.mark.parametrize("hangs", ["sleep 600", '[ "$1" = --version ] && echo 13 || sleep 600'])
+def test_no_answer_waits_for_a_compiler(tmp_path, hangs):
+    """Nor does the end of the program, which leaves nothing behind."""
+    script = START + "print(loops.library(engine.runtime.model.dtype), time.monotonic() - before)"
+    (tmp_path / "g++").write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\n{hangs}\n")
+    (tmp_path / "g++").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    loops, seconds = done.stdout.split()
+    assert loops == "None"
+    assert float(seconds) < 20  # the tiny model, on a busy machine; the compiler sleeps longer
+    assert "Traceback" not in done.stderr
+    for process in (tmp_path / "started").read_text().split():
+        assert not Path(f"/proc/{process}").exists()
+    assert list((tmp_path / "cache").glob("native/*")) == []
+
+
+def test_a_child_forked_while_they_are_compiled_finds_its_own(dtype, monkeypatch):
+    going_on, background = threading.Event(), build.Background()
+    monkeypatch.setattr(build, "made", lambda dtype: going_on.wait(20) and None)
+    monkeypatch.setattr(build, "BACKGROUND", background)
+    assert build.library(dtype) is None
+    child = os.fork()
+    if child == 0:
+        try:
+            build.made = lambda dtype: "found"
+            os._exit(0 if build.library(dtype, 20) == "found" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    going_on.set()
+
+
 def test_without_a_home_torch_computes(dtype, monkeypatch, caplog):
     """As a container's user without an entry in the list of users."""
     if os.geteuid() != 0:
@@ -267,7 +322,7 @@ def test_without_a_home_torch_computes(dtype, monkeypatch, caplog):
     if child == 0:
         try:
             os.setuid(54321)
-            os._exit(0 if build.library.__wrapped__(dtype) is None else 1)
+            os._exit(0 if build.made(dtype) is None else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from a3_engine.fusion.selectors import SELECTORS
 from a3_engine.prompt import Chunk, Message, PromptPlanner
-from a3_engine.segments import Prompt
+from a3_engine.segments import Prompt, Segment
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -144,13 +145,15 @@ def test_a_chunk_twice_is_two_equal_segments():
     ],
 )
 def test_chunks_may_stand_anywhere(template, content, kept):
-    """First, last, alone: something fresh always ends the prompt, where needed the chunk itself."""
+    """First, last, alone: the last token is computed in any case, whatever it belongs to."""
     plans = planner(template)
     prompt = plans.plan([Message("user", content)])
-    ends = template == "none" and isinstance(content[-1], Chunk)
-    assert prompt.segments[-1].kind == "fresh"
-    assert texts(plans, prompt, "chunk") == (kept[:-1] if ends else kept)
-    assert len(prompt.layout(plans.prefix_ids).question) > 0
+    assert texts(plans, prompt, "chunk") == kept
+    layout = prompt.layout(plans.prefix_ids)
+    assert layout.question[-1] == layout.fresh[-1] == prompt.n_tokens - 1
+    assert layout.n_tokens == len(layout.fresh) + len(layout.chunk_positions) + sum(
+        len(segment.ids) for segment in prompt.segments if segment.kind == "prefix"
+    )
 
 
 def test_the_question_is_the_last_turns_words_behind_its_chunks():
@@ -249,3 +252,20 @@ def test_threads_plan_as_one_thread_does(planners):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(ids == expected for ids in pool.map(plan_all, range(8)))
+
+
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+def test_every_method_takes_a_prompt_that_ends_in_a_chunk(tiny_engine, selector):
+    """Also one of a single token, and with a compression; its last token counts as computed."""
+    engine = tiny_engine()
+    ids = tuple(range(5, 25))
+    fresh = Segment("fresh", (3, *ids))
+    for last in (Segment("chunk", ids), Segment("chunk", ids[:2])):
+        prompt = Prompt((fresh, Segment("chunk", ids[::-1]), last), 2)
+        for more in ({"ratio": 0.3}, {"ratio": 0.3, "compression": "snapkv"}):
+            if selector in ("full_prefill", "full_reuse"):
+                more.pop("ratio")
+            answer = engine.generate(prompt, selector=selector, max_new_tokens=3, **more)
+            assert answer.report.generated_tokens == 3
+            explained = engine.explain(answer)
+            assert explained.tokens["fresh"] >= len(fresh.ids) + 1

@@ -240,3 +240,47 @@ def test_calls_are_read_though_their_marks_are_control_tokens(notation, before, 
         (call.name, dict(call.arguments)) for call in CALLED
     ]
     assert "".join(pieces) + rest == before
+
+
+LLAMA = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'tool' %}"
+    "{% if message.content is mapping or message.content is iterable %}"
+    "{{ message.content | tojson }}{% else %}{{ message.content }}{% endif %}"
+    "{% elif message.tool_calls %}{{ message.tool_calls[0].function | tojson }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "said", ['He said "no".\nThen\tnothing \\ more.', "Zürich 日本 🙂", '{"a": [1, "b"]}', "plain"]
+)
+def test_a_result_is_written_as_the_template_writes_it(said):
+    """Llama's templates make a JSON string of it."""
+    planner = PromptPlanner(tiny_tokenizer(LLAMA))
+    call = ToolCall("f", {}, "1")
+    turns = [
+        Message("user", 'Call "f".\n'),
+        Message("assistant", "", tool_calls=[call]),
+        Message("tool", said, name="f", tool_call_id="1"),
+    ]
+    shown = planner.tokenizer.decode(planner.plan(turns).ids)
+    rendered = planner.tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": 'Call "f".\n'},
+            turns[1].in_template(""),
+            {"role": "tool", "content": said, "name": "f", "tool_call_id": "1"},
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert shown == rendered
+    # A document in it stays the chunk that it is.
+    document = Chunk(f'Document: "{said}" and so on, for more than thirty letters.')
+    turns[2] = Message("tool", ['Found "it":\n', document, "\n"], tool_call_id="1")
+    prompt = planner.plan(turns)
+    assert document.text in planner.tokenizer.decode(prompt.ids)
+    assert [s.text for s in prompt.segments if s.kind == "chunk"] == [document.text]
+    assert '\\"it\\":\\n' in planner.tokenizer.decode(prompt.ids)

@@ -282,3 +282,15 @@ def test_an_ordinary_prefill_warns_of_nothing(llm, recwarn, caplog):
     said = caplog.text + "".join(str(warning.message) for warning in recwarn)
     assert "top_k" not in said
     refused.close()
+
+
+@pytest.mark.parametrize("before", ["Hi ", "", "Read this.\n\n", f"{TEXT[:40]} "])
+def test_a_completion_may_end_in_a_stored_text(llm, before):
+    """Its last token is computed; a prompt that is one text is a question, and no chunk."""
+    llm.precompute([Document(page_content=TEXT)], progress=False)
+    completion = A3LLM(engine=llm.engine, max_tokens=3, selector="mend", ratio=1.0)
+    exact = A3LLM(engine=llm.engine, max_tokens=3, selector="full_prefill")
+    answer = completion.generate([before + TEXT]).generations[0][0]
+    assert answer.generation_info["a3"]["chunks"] == bool(before)
+    assert answer.text == exact.invoke(before + TEXT)
+    assert completion.invoke(before + TEXT) == answer.text

@@ -33,10 +33,11 @@ SELECTORS: dict[str, type[Selector]] = {
     )
 }
 DEFAULT = Mend.name
+BALANCED = "balanced"
 # What they stand for, in the order of their cost; figures in docs/results.md.
 QUALITIES: dict[str, Selector] = {
     "fast": FullReuse(),
-    "balanced": Mend(),
+    BALANCED: Mend(),
     "exact": FullPrefill(),
 }
 
