@@ -89,6 +89,10 @@ def _copied(
                 here.keys[some].copy_(kv.keys[some], non_blocking=True)
                 here.values[some].copy_(kv.values[some], non_blocking=True)
             events.append((some, stream.record_event()))
+    for _, here in missing:
+        # A request that is given up before its pass waits for no copy, and leaves its memory.
+        here.keys.record_stream(stream)
+        here.values.record_stream(stream)
     return arrived, events
 
 
