@@ -25,6 +25,7 @@ from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import has_window
 from a3_engine.model.batch_cache import step
+from a3_engine.model.latent import is_latent
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
@@ -36,6 +37,8 @@ TESTED = frozenset(
         "arcee",
         "cohere",
         "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
         "dots1",
         "ernie4_5",
         "ernie4_5_moe",
@@ -50,6 +53,7 @@ TESTED = frozenset(
         "glm",
         "glm4",
         "glm4_moe",
+        "glm4_moe_lite",
         "gpt_oss",
         "granite",
         "granite_swa",
@@ -63,6 +67,7 @@ TESTED = frozenset(
         "ministral",
         "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
         "nanochat",
         "nemotron",
@@ -82,6 +87,7 @@ TESTED = frozenset(
         "stablelm",
         "starcoder2",
         "vaultgemma",
+        "youtu",
     }
 )
 # Lengths of the two prompts that are tried. The longer one goes beyond a sliding window, where that
@@ -142,8 +148,6 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise UnsupportedModelError("it is an encoder-decoder model")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError("it compresses keys and values together (MLA)")
     others = set(getattr(config, "layer_types", None) or []) - {
         "full_attention",
         "sliding_attention",
@@ -156,6 +160,10 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     layers = getattr(decoder, "layers", None)
     if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError("its layers are not the usual attention decoder layers")
+    if any(hasattr(layer.self_attn, "indexer") for layer in layers):
+        raise UnsupportedModelError("an indexer picks the keys that its attention sees")
+    if getattr(config, "kv_lora_rank", None) and not all(map(is_latent, layers)):
+        raise UnsupportedModelError("it keeps latents (MLA) in a way that the engine does not know")
     return decoder
 
 

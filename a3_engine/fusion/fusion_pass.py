@@ -30,9 +30,10 @@ from a3_engine.fusion.selectors.base import (
     States,
 )
 from a3_engine.layout import Layout
-from a3_engine.model.attention import install, project
+from a3_engine.model.attention import capture, install
 from a3_engine.model.batch_cache import BatchCache
 from a3_engine.model.cache_argument import cache_in, with_cache
+from a3_engine.model.latent import expand_each, expanded, is_latent
 from a3_engine.model.masks import LocalGlobal, Observer, RowMask
 
 # What a layer is called with that has a part for each row, beside its positional arguments.
@@ -235,8 +236,7 @@ class FusionPass:
         )
         args, kwargs = self._sliced(args, kwargs, self._given)
         if self.last_token_only and index == len(cache.layers) - 1 and self.observer is None:
-            _, key, value = project(layer, args, kwargs)
-            cached.complete(key, value)
+            cached.complete(*capture(layer, args, kwargs).kept)
             before = self.rows
             self._go_on_with(self.rows[-1:])
             mask = RowMask(self.rows, self._key_positions)
@@ -311,17 +311,16 @@ class FusionPass:
         kwargs: dict[str, Any],
     ) -> None:
         assert isinstance(self.selector, LayerSelector)
-        query, key, value = project(layer, args, kwargs)
-        stored_key, stored_value = cached.stored()
+        computed = capture(layer, args, kwargs)
         self.take(
             self.selector.select(
                 self.layout,
-                States(query, key, value, self.lookahead),
-                States(None, stored_key, stored_value),
+                States(*computed.states, self.lookahead),
+                States(None, *expanded(layer, *cached.stored())),
             )
         )
         # This layer's states were computed for every token: the fresh ones are the exact ones.
-        cached.write(self._everything, key, value)
+        cached.write(self._everything, *computed.kept)
 
 
 def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -> dict[str, Any]:
@@ -389,4 +388,6 @@ def install_hooks(model: PreTrainedModel) -> None:
     install(model)
     layers._a3_hooks_installed = True  # type: ignore[assignment]
     for index, layer in enumerate(layers):
+        if is_latent(layer):
+            expand_each(layer)
         layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)

@@ -70,6 +70,11 @@ def begin(
                 f"{selector.name} leaves tokens out, and the model's sliding windows count them. "
                 "Choose another method for this model."
             )
+        if any(layer.shape.latent for layer in cache.layers):
+            raise ValueError(
+                f"{selector.name} compares keys, and the model keeps latents of them. Choose "
+                "another method for this model."
+            )
         local = local_queries(selector)
         kept = sparse_positions(model, rotation, cache, layout, selector, ids, local)
         cache = cache.subset(kept, room)

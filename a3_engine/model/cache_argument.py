@@ -30,9 +30,9 @@ def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
     return {_accepted(type(module).forward) or OURS: cache}
 
 
-def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments with no cache in them, under either name."""
-    return {name: None if name in NAMES else value for name, value in arguments.items()}
+def other_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """A call's keyword arguments with another cache, or None, in place of theirs."""
+    return {name: cache if name in NAMES else value for name, value in arguments.items()}
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
