@@ -54,6 +54,7 @@ TESTED = frozenset(
         "glm4",
         "glm4_moe",
         "glm4_moe_lite",
+        "gpt_neox",
         "gpt_oss",
         "granite",
         "granite_swa",
@@ -158,9 +159,12 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedModelError("some of its weights are kept elsewhere (offloaded)")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+    if not layers or not all(
+        hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers
+    ):
         raise UnsupportedModelError("its layers are not the usual attention decoder layers")
-    if any(hasattr(layer.self_attn, "indexer") for layer in layers):
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    if any(getattr(each, "indexer", None) is not None for each in attentions):
         raise UnsupportedModelError("an indexer picks the keys that its attention sees")
     if getattr(config, "kv_lora_rank", None) and not all(map(is_latent, layers)):
         raise UnsupportedModelError("it keeps latents (MLA) in a way that the engine does not know")

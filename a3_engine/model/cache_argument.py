@@ -1,6 +1,7 @@
 """What a model calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
 
-The code of a model repository may have the older name with any transformers.
+The code of a model repository may have the older name with any transformers, and layers of
+GPT-NeoX have one of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import LlamaModel
 
-NAMES = ("cache", "past_key_values")
+NAMES = ("cache", "past_key_values", "layer_past")
 
 
 @lru_cache

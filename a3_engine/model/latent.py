@@ -17,7 +17,7 @@ from torch import nn
 
 def is_latent(layer: nn.Module) -> bool:
     """Whether a decoder layer expands what it keeps."""
-    return hasattr(layer.self_attn, "expand_kv")
+    return hasattr(getattr(layer, "self_attn", None), "expand_kv")
 
 
 def expanded(

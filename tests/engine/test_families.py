@@ -26,7 +26,7 @@ from tests.tiny import tiny_tokenizer
 LATENT = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "youtu"]
 FAMILIES = [
     *("ministral", "ministral3", "olmo3", "seed_oss", "apertus", "arcee", "starcoder2", "stablelm"),
-    *("nemotron", "phi", "gemma", "vaultgemma", "gemma3n_text", "gemma4_text, alike"),
+    *("nemotron", "gpt_neox", "phi", "gemma", "vaultgemma", "gemma3n_text", "gemma4_text, alike"),
     *("gemma4_text, as 31B", "gemma4_text, as 26B-A4B", "gemma4_text, as E4B"),
     *("gemma4_unified_text", "gemma4, as E4B", "laguna", "mimo_v2_flash"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "minimax_m2"),

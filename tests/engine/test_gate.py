@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from a3_engine import A3Engine, Precomputed, gate
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.cache_argument import cache_in, without_cache
+from a3_engine.model.cache_argument import cache_in, other_cache
 from tests.tiny import DERIVED, SHAPE, rope, tiny_model
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -166,7 +166,7 @@ def forget_the_cache(model: nn.Module) -> None:
     """One layer keeps nothing for later."""
     attention = model.model.layers[2].self_attn
     ordinary = attention.forward
-    attention.forward = lambda *args, **kwargs: ordinary(*args, **without_cache(kwargs))
+    attention.forward = lambda *args, **kwargs: ordinary(*args, **other_cache(kwargs, None))
 
 
 def attend_alone(model: nn.Module) -> None:
