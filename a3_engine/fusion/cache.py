@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from a3_engine.devices import send
 from a3_engine.kv import ChunkKV, KVShape, LayerShape
-from a3_engine.model.masks import Observer
+from a3_engine.model.hooks import Args, Kwargs, SteeringCache, unmade_mask
+from a3_engine.model.masks import Observer, RowMask
 from a3_engine.segments import Segment
 
 # Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
@@ -39,9 +40,9 @@ class Steering(Protocol):
         cache: FusedCache,
         layer: nn.Module,
         index: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[Args, Kwargs]:
         """The arguments that the layer gets instead of these."""
         ...
 
@@ -58,6 +59,18 @@ class Compressor(Protocol):
 
 class FusedLayer(DynamicLayer):
     """Keys and values of one layer.
+
+    ========== ========== ===================================== ==============================
+    State      ``length`` what `update` does                    what led here
+    ========== ========== ===================================== ==============================
+    pending    0          writes ``rows``, then shows the       allocated; `FusedCache.rewind`
+                          prompt
+    rows set   0          the same                              the pass's ``before_layer``
+    completed  0          shows the prompt                      `complete`, where a pass needs
+                                                                no more of the last layer
+    whole      n_prompt   appends, as a `DynamicLayer` does     the first `update`
+    growing    beyond it  appends                               decoding
+    ========== ========== ===================================== ==============================
 
     Parameters
     ----------
@@ -224,7 +237,7 @@ class FusedLayer(DynamicLayer):
         self._show()
 
 
-class FusedCache(Cache):
+class FusedCache(SteeringCache):
     """The prompt's cache and the pass that completes it.
 
     Attributes
@@ -254,6 +267,36 @@ class FusedCache(Cache):
         self.observer: Observer | None = None
         self.compressor: Compressor | None = None
         self.on_device: list[tuple[Segment, ChunkKV]] = []
+
+    def before_layer(
+        self, layer: nn.Module, index: int, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        if index == 0:
+            self.passing = self.layers[0].pending
+        if self.fusion is not None and self.passing:
+            return self.fusion.before_layer(self, layer, index, args, kwargs)
+        if self.observer is not None and index < len(self.layers):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            slots = self.layers[index].length + torch.arange(hidden.shape[1])
+            return args, {**kwargs, "attention_mask": RowMask(slots, observer=self.observer)}
+        return None
+
+    def inputs(self, ids: torch.Tensor) -> Kwargs:
+        """All tokens; or those alone that a pass computes, where it knows them by now.
+
+        The others are not even embedded then.
+        """
+        computed = None
+        if self.fusion is not None and self.layers[0].pending:
+            computed = self.fusion.computed()
+        if computed is None:
+            return {"input_ids": ids}
+        rows = send(computed, ids.device)
+        return {
+            "input_ids": ids.index_select(1, rows),
+            "position_ids": rows[None],
+            "attention_mask": unmade_mask(ids.device),
+        }
 
     def gathered(self, slots: Sequence[torch.Tensor | None], room: int = 0) -> FusedCache:
         """A cache of its own with each layer's given slots of the prompt, or with all for None."""
