@@ -184,4 +184,6 @@ class TurnLock:
             yield handle
         finally:
             self._handles.discard(handle)
+            if fcntl is not None:  # also for a child that was forked before the handle was noted
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)

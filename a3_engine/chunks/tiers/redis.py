@@ -18,7 +18,8 @@ from a3_engine.errors import StoreError
 
 KEY = re.compile(rb"[0-9a-f]{64}")
 MAX_GROUPS = 4096  # one a layer at most
-MOST_BESIDE = 16 * 2**20  # bytes of an answer beside a chunk's, such as a tag's keys
+MOST_BESIDE = 2**20  # bytes of an answer beside a chunk's
+MOST_TAGGED = 2**26  # of a tag's keys
 
 _most: ContextVar[int] = ContextVar("a3_redis_most", default=MOST_BESIDE)
 
@@ -119,6 +120,7 @@ class RedisBlobs:
             pipeline.execute()
 
     def take(self, tag: str, also: set[str]) -> set[str]:
+        _most.set(MOST_TAGGED)
         with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.smembers(f"a3:tag:{tag}")
             pipeline.delete(f"a3:tag:{tag}")
