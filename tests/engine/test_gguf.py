@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from a3_engine import A3Engine, ModelLoadError
-from a3_engine.model.gguf import MANIFEST, dequantized, unpacking_in
+from a3_engine.model.gguf import MANIFEST, dequantized
 from a3_engine.model.loading import load_model
 from tests.tiny import SHAPE, tiny_model, tiny_tokenizer
 
@@ -23,13 +23,9 @@ MODEL = LlamaConfig(**{**SHAPE, "head_dim": 8})  # hidden size / heads, as the f
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return small_file(tmp_path)
-
-
-def small_file(folder: Path) -> Path:
     """The tiny Llama model in fp32, as llama.cpp would write it."""
     model, tokenizer = tiny_model(MODEL), tiny_tokenizer()
-    path = folder / "tiny.gguf"
+    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(MODEL.max_position_embeddings)
     writer.add_embedding_length(MODEL.hidden_size)
@@ -182,17 +178,3 @@ def test_weights_that_others_may_have_written_are_not_run(file, tmp_path):
     folder.symlink_to(elsewhere)
     with pytest.raises(ModelLoadError, match="link"):
         dequantized(file, tmp_path / "cache")
-
-
-def test_what_killed_programs_left_is_removed(file, tmp_path):
-    """Each is as large as the model; one that is being made stays."""
-    models = tmp_path / "models"
-    left, young, held = (models / f".unpacking-{name}" for name in ("left", "young", "held"))
-    for folder in (left, young, held):
-        folder.mkdir(parents=True)
-        (folder / "weights").write_bytes(b"half")
-    for folder in (left, held):
-        os.utime(folder, (0, 0))
-    with unpacking_in(held):
-        dequantized(file, tmp_path)
-        assert (left.exists(), young.exists(), held.exists()) == (False, True, True)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
-
-from tests.torture import archives, indexes, inputs, kills, remotes
 from tests.torture.crash import crash
 from tests.torture.crowd import crowd
 from tests.torture.endurance import endure
@@ -37,27 +34,3 @@ def test_threads_and_processes_share_a_folder(tmp_path):
 def test_churn_stays_bounded(tmp_path):
     figures = endure(tmp_path, 150, time.monotonic() + 15)
     assert min(figures["hits"], figures["misses"]) > 0
-
-
-def test_hostile_inputs_to_the_adapters(tiny_engine):
-    count, foreign = inputs.attack(tiny_engine(), step=23)
-    assert count > 50
-    assert foreign == []
-
-
-def test_archives_that_lie(memory_path):
-    (memory_path / "store").mkdir()
-    assert archives.attack(memory_path / "store") > 60
-
-
-@pytest.mark.usefixtures("socket_enabled")
-def test_stores_that_lie(memory_path):
-    assert remotes.attack(memory_path, step=7) > 5
-
-
-def test_damaged_indexes_stop_no_answer(memory_path):
-    assert indexes.attack(memory_path, most=6) > 4
-
-
-def test_killed_ingestion_loses_nothing(memory_path):
-    assert kills.kill_ingestion(memory_path, 20, time.monotonic() + 6)["kills"] > 2

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from a3_engine import A3Engine
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
-from tests.torture import archives, indexes, inputs, kills, remotes
 from tests.torture.crash import crash
 from tests.torture.crowd import crowd
 from tests.torture.endurance import endure
@@ -57,39 +54,6 @@ def test_crowd(tmp_path, say):
 
 def test_endurance(tmp_path, until, say):
     say("endurance", endure(tmp_path, 10_000, until))
-
-
-def test_hostile_inputs(tmp_path, say):
-    """To both adapters; those to the engine are in tests/engine/test_hostile.py."""
-    engine = A3Engine.from_pretrained(
-        tiny_model("llama"), tiny_tokenizer(), cache_dir=tmp_path, stand_in=STAND_IN
-    )
-    count, foreign = inputs.attack(engine)
-    engine.close()
-    say("inputs", {"calls": count, "foreign": len(foreign)})
-    assert foreign == []
-
-
-def test_hostile_archives(tmp_path, say):
-    (tmp_path / "store").mkdir()
-    say("archives", {"archives": archives.attack(tmp_path / "store")})
-
-
-@pytest.mark.usefixtures("socket_enabled")
-def test_lying_stores(tmp_path, say):
-    say("remotes", {"stores": remotes.attack(tmp_path)})
-
-
-def test_damaged_indexes(tmp_path, say):
-    say("indexes", {"damages": indexes.attack(tmp_path)})
-
-
-def test_killed_ingestion_and_eviction(tmp_path, until, say):
-    say("ingestion", kills.kill_ingestion(tmp_path, 500, until))
-
-
-def test_killed_unpacking(tmp_path, until, say):
-    say("unpacking", kills.kill_unpacking(tmp_path, 100, until))
 
 
 def test_the_hour(tmp_path, say):
