@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_engine.assembly import assemble, touch
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
-from a3_engine.chunks.stand_in import SHIPPED, passages_of
+from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
 from a3_engine.decoding.compression import make_compression
 from a3_engine.decoding.compression.base import Compression
@@ -27,7 +28,7 @@ from a3_engine.decoding.sampling import Sampling
 from a3_engine.errors import ContextOverflowError
 from a3_engine.explain import Explanation, explain
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.selectors import choose_selector
+from a3_engine.fusion.selectors import BALANCED, choose_selector
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.ingestion import Precomputed, ingest
 from a3_engine.messages import clean
@@ -43,7 +44,7 @@ from a3_engine.model.loading import (
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.request import answer, assemble, check_room, touch
+from a3_engine.request import Request, check_room
 from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
@@ -51,7 +52,7 @@ from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
-Request = str | Sequence[Message] | Prompt
+PromptLike = str | Sequence[Message] | Prompt
 
 
 class A3Engine:
@@ -85,7 +86,8 @@ class A3Engine:
         :class:`~a3_engine.prompt.PromptPlanner`.
     stand_in : str or sequence of str
         What they are computed behind as well, in place of a prompt's other documents:
-        ``"shipped"``, ``"none"`` or passages of your own; see :mod:`a3_engine.chunks.stand_in`.
+        ``"shipped"``, ``"none"`` or passages of your own; ``"auto"`` is what `a3 tune` saved for
+        this model, or else ``"shipped"``. See :mod:`a3_engine.chunks.stand_in`.
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
@@ -106,7 +108,7 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
         encode_prefix: str = "template",
-        stand_in: str | Sequence[str] = SHIPPED,
+        stand_in: str | Sequence[str] = AUTO,
         size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
@@ -114,6 +116,7 @@ class A3Engine:
         self.name = name
         self.cache_dir = _absolute(cache_dir)
         self.selector = choose_selector(selector, ratio, quality)
+        self._by_default = selector is None and ratio is None and quality in (None, BALANCED)
         self.compression = make_compression(compression, keep)
         passages_of(stand_in)  # a wrong one fails here
         self._source = source
@@ -332,7 +335,7 @@ class A3Engine:
 
     # Answers
 
-    def plan(self, request: Request, chunks: Sequence[str | Chunk] = ()) -> Prompt:
+    def plan(self, request: PromptLike, chunks: Sequence[str | Chunk] = ()) -> Prompt:
         """The segments of a request.
 
         Parameters
@@ -383,7 +386,7 @@ class A3Engine:
 
     def stream(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         quality: str | None = None,
@@ -424,17 +427,17 @@ class A3Engine:
             )
         )
 
-    def generate(self, request: Request, **options: Any) -> Answer:
+    def generate(self, request: PromptLike, **options: Any) -> Answer:
         """The whole answer; the options are those of :meth:`stream`."""
         pieces: list[str] = []
         report = self._work(request, **options)(pieces.append, lambda: False)
         return Answer("".join(pieces), report)
 
-    async def astream(self, request: Request, **options: Any) -> AsyncTokenStream:
+    async def astream(self, request: PromptLike, **options: Any) -> AsyncTokenStream:
         """:meth:`stream` for an event loop."""
         return AsyncTokenStream(lambda emit, gone: self._work(request, **options)(emit, gone))
 
-    async def agenerate(self, request: Request, **options: Any) -> Answer:
+    async def agenerate(self, request: PromptLike, **options: Any) -> Answer:
         """:meth:`generate` for an event loop; cancelling it stops the computation."""
         stream = await self.astream(request, **options)
         pieces = [piece async for piece in stream]
@@ -443,7 +446,7 @@ class A3Engine:
 
     def prepare(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         room: int = 0,
@@ -469,11 +472,11 @@ class A3Engine:
             Chunks of this model cannot be moved.
         """
         prompt, chosen = self.plan(request, chunks), self._method(**method)
-        cache = assemble(self.runtime, prompt, chosen, room, FusionReport())
+        cache = assemble(self.runtime, prompt, chosen, room, FusionReport()).cache
         touch(self.runtime, prompt, chosen.selector)
         return prompt, cache
 
-    def fuse(self, request: Request, **options: Any) -> tuple[Prompt, FusedCache]:
+    def fuse(self, request: PromptLike, **options: Any) -> tuple[Prompt, FusedCache]:
         """The former name of :meth:`prepare`."""
         warnings.warn("A3Engine.fuse is now prepare.", DeprecationWarning, stacklevel=2)
         return self.prepare(request, **options)
@@ -492,14 +495,18 @@ class A3Engine:
         compression: str | Compression | None = None,
         keep: float | None = None,
     ) -> Method:
+        default, profile = self.selector, self.runtime.profile
+        asked_for = quality == BALANCED and selector is None and ratio is None
+        if profile is not None and (asked_for or (self._by_default and quality is None)):
+            default, quality = profile.selector, None
         return Method(
-            choose_selector(selector, ratio, quality, self.selector),
+            choose_selector(selector, ratio, quality, default),
             make_compression(self.compression if compression is None else compression, keep),
         )
 
     def _work(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         **options: Any,
@@ -519,10 +526,11 @@ class A3Engine:
         if settings.temperature > 0 and settings.seed is None:
             settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
+        checked = Request(runtime, prompt, method, settings, started, plan_s)
 
         def work(emit: Emit, abandoned: Callable[[], bool]) -> FusionReport:
             with undisturbed():
-                return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
+                return checked.answer(emit, abandoned)
 
         return work
 

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from a3_engine.devices import input_device
 from a3_engine.errors import UnsupportedModelError, shortened
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fusion_pass import FusionPass, arguments, install_hooks
 from a3_engine.fusion.loading import allocate
 from a3_engine.fusion.selectors.a3 import A3
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.base import Run, Selector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import has_window
 from a3_engine.model.batch_cache import step
+from a3_engine.model.hooks import arguments, install_hooks
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
@@ -44,7 +44,9 @@ TESTED = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma3n_text",
         "gemma4_text",
+        "gemma4_unified_text",
         "glm",
         "glm4",
         "glm4_moe",
@@ -54,9 +56,12 @@ TESTED = frozenset(
         "granitemoe",
         "granitemoe_swa",
         "helium",
+        "laguna",
         "llama",
+        "mimo_v2_flash",
         "minimax_m2",
         "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
         "nanochat",
@@ -139,8 +144,6 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedModelError("it is an encoder-decoder model")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError("it compresses keys and values together (MLA)")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError("some of its layers share one cache")
     others = set(getattr(config, "layer_types", None) or []) - {
         "full_attention",
         "sliding_attention",
@@ -174,8 +177,8 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
             )
     rotation = _turning(probe, rotation, torch.arange(SHORT))
     caches = [
-        _check_pass(probe, A3(ratio=0.3), SHORT),
-        _check_pass(probe, FullReuse(), long),
+        _check_pass(probe, rotation, A3(ratio=0.3), SHORT),
+        _check_pass(probe, rotation, FullReuse(), long),
     ]
     behind = []
     for at in range(STEPS):
@@ -215,7 +218,7 @@ def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
         moved, signs, total = [], [], 0.0
         tables = replace(rotation, adjacent=adjacent).tables(torch.tensor([SHIFT]))
         for (keys, _), (there, _), (cos, sin) in zip(
-            probe.reference.states, far.states, tables, strict=True
+            probe.reference.states, far.states, tables, strict=False
         ):
             cos, sin = cos.to(keys.device), sin.to(keys.device)
             turned = {sign: keys.clone() for sign in (1, 0, -1)}
@@ -227,7 +230,8 @@ def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
             signs.append(sign)
             total += apart[sign]
         if best is None or total < best[0]:
-            inv_freq = rotation.inv_freq * torch.tensor(signs)[:, None]
+            turning = zip(rotation.inv_freq, signs, strict=False)
+            inv_freq = [row * sign for row, sign in turning]
             best = total, Rotation(inv_freq, rotation.max_tokens, adjacent), moved
     assert best is not None
     _, fitted, moved = best
@@ -238,7 +242,7 @@ def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
     return fitted
 
 
-def _check_pass(probe: Probe, selector: Selector, n_tokens: int) -> FusedCache:
+def _check_pass(probe: Probe, rotation: Rotation, selector: Selector, n_tokens: int) -> FusedCache:
     """A pass around a chunk in the middle, whose stored states are those of the full prefill."""
     rows = _tail(n_tokens)
     chunk = Span(n_tokens // 3, int(rows[0]))
@@ -248,8 +252,8 @@ def _check_pass(probe: Probe, selector: Selector, n_tokens: int) -> FusedCache:
     cache = allocate(probe.model, n_tokens, n_tokens + ROOM)
     for ours, (keys, values) in zip(cache.layers, probe.reference.states, strict=True):
         ours.write(within, keys[:, :, within], values[:, :, within])
-    FusionPass(cache, layout, selector)
     ids = probe.ids[:, :n_tokens]
+    selector.prepare(Run(probe.model, rotation, cache, layout, ids[0].tolist()))
     logits = probe.model(**arguments(probe.model, ids, cache), logits_to_keep=len(rows)).logits
     probe.check(
         f"in {selector.name} at ratio {selector.ratio} around an exact chunk",

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,23 +19,23 @@ from a3_engine.chunks.fingerprint import (
     tokenizer_fingerprint,
 )
 from a3_engine.chunks.library import ChunkLibrary
-from a3_engine.chunks.stand_in import passages_of
+from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions
 from a3_engine.chunks.text_index import TextIndex
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
 from a3_engine.decoding.batching import BatchedDecoder
 from a3_engine.decoding.seeds import Seeds
 from a3_engine.errors import shortened
-from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.encoding import ChunkEncoder
 from a3_engine.fusion.prefix_cache import MAX_BYTES, PrefixCache
 from a3_engine.fusion.sparse import LocalQueries
 from a3_engine.gate import GateResult, check_model
-from a3_engine.kv import token_nbytes
 from a3_engine.model.executor import DeviceExecutor
+from a3_engine.model.kv_shape import token_nbytes
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
 from a3_engine.native import loops
+from a3_engine.profile import Profile, profile_path, read_profile
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
 
@@ -53,6 +54,7 @@ class Runtime:
 
     ``library`` and ``local_queries`` are None for a model that the gate refused. ``decoder`` lets
     requests that decode at the same time share their steps. ``watch`` notices changed weights.
+    ``profile`` is what was tuned for this model, where the settings leave that open.
     ``reports`` are those of the last requests, to be explained.
     """
 
@@ -68,6 +70,7 @@ class Runtime:
     decoder: BatchedDecoder
     watch: Watch
     prefix_cache: PrefixCache
+    profile: Profile | None = None
     seeds: Seeds = field(default_factory=Seeds)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
@@ -92,7 +95,7 @@ class Runtime:
     def close(self) -> None:
         """Release file handles, kept turns and memory kept for caches."""
         self.prefix_cache.close()
-        BUFFERS.clear()
+        self.executor.buffers.clear()
         if self.library is not None:
             self.library.text_index.try_to_write()
         self.store.close()
@@ -132,11 +135,16 @@ def start(
     if model.device.type == "cpu":
         # Those of an earlier start are there at once; compiling goes on beside the first answers.
         loops.library(model.dtype, LOOPS_S)
-    planner = PromptPlanner(tokenizer, encode_prefix, passages_of(stand_in))
+    weights, tokens = _weights(model), tokenizer_fingerprint(tokenizer)
+    profile = None
+    if stand_in == AUTO:
+        profile = read_profile(profile_path(cache_dir, weights.identity, tokens, encode_prefix))
+    passages = passages_of(profile.stand_in if profile else stand_in)
+    planner = PromptPlanner(tokenizer, encode_prefix, passages)
     decoder = BatchedDecoder(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
     gate = decoder.executor.run(lambda: check_model(model, text))
-    engine, gate = _identity(model, tokenizer, codec, gate)
+    engine, gate = _identity(weights, tokens, codec, gate)
     if gate.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, gate.reason)
     elif not gate.tested:
@@ -176,6 +184,7 @@ def start(
         decoder=decoder,
         watch=Watch(model),  # which holds weights, so that it comes behind packing
         prefix_cache=_prefix_cache(model, gate),
+        profile=profile,
     )
 
 
@@ -184,7 +193,8 @@ def renewed(runtime: Runtime) -> Runtime:
     watch, old = Watch(runtime.model), runtime.library
     if old is None:
         return replace(runtime, watch=watch)
-    engine, gate = _identity(runtime.model, runtime.tokenizer, old.codec, runtime.gate)
+    weights, tokens = _weights(runtime.model), tokenizer_fingerprint(runtime.tokenizer)
+    engine, gate = _identity(weights, tokens, old.codec, runtime.gate)
     library = old.of(engine) if gate.rotation is not None else None
     runtime.planner.find = library.text_index.find if library is not None else None
     return replace(
@@ -204,16 +214,26 @@ def _prefix_cache(model: PreTrainedModel, gate: GateResult) -> PrefixCache:
     return PrefixCache(max_bytes=max(MAX_BYTES, PREFIX_CACHE_TOKENS * token_nbytes(model)))
 
 
+class Weights(NamedTuple):
+    """The fingerprint of a model's weights, or why there is none."""
+
+    identity: str
+    reason: str | None = None
+
+
+def _weights(model: PreTrainedModel) -> Weights:
+    try:
+        return Weights(model_fingerprint(model))
+    except Exception as error:
+        return Weights("unknown", f"its weights cannot be read: {shortened(error)}")
+
+
 def _identity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: str, gate: GateResult
+    weights: Weights, tokenizer: str, codec: str, gate: GateResult
 ) -> tuple[str, GateResult]:
     """Fingerprint of what makes keys and values; a model without one is not fused."""
-    try:
-        weights = model_fingerprint(model)
-    except Exception as error:
-        weights = "unknown"
-        reason = gate.reason or f"its weights cannot be read: {shortened(error)}"
-        gate = replace(gate, rotation=None, reason=reason)
+    if weights.reason is not None:
+        gate = replace(gate, rotation=None, reason=gate.reason or weights.reason)
     rotation = gate.rotation
-    turning = (rotation.inv_freq.tolist(), rotation.adjacent) if rotation else None
-    return digest(weights, tokenizer_fingerprint(tokenizer), codec, turning), gate
+    turning = ([row.tolist() for row in rotation.inv_freq], rotation.adjacent) if rotation else None
+    return digest(weights.identity, tokenizer, codec, turning), gate

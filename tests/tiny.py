@@ -122,6 +122,11 @@ def tiny_model(
         config = CONFIGS[config]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
+    return strengthened(model)
+
+
+def strengthened(model: PreTrainedModel) -> PreTrainedModel:
+    """Larger weights, in place."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1 and "embed" not in name:

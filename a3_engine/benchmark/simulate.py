@@ -160,9 +160,8 @@ TABLED = ("raw", "int8", "int4")
 
 def stored_bytes(shape: Shape, context: int, codec: str) -> float:
     """Bytes that a context's chunks take in a tier."""
-    layout = CODECS[codec].layout(
-        (shape.layers, shape.kv_heads, CHUNK_TOKENS, shape.head_dim), torch.bfloat16
-    )
+    states = (shape.layers, shape.kv_heads, CHUNK_TOKENS, shape.head_dim)
+    layout = CODECS[codec].layout(states, states, torch.bfloat16)
     chunk = sum(prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
     return chunk * context / CHUNK_TOKENS
 

@@ -21,7 +21,7 @@ from a3_engine.chunks.resident import Resident
 from a3_engine.chunks.store import ChunkStore
 from a3_engine.chunks.text_index import TextIndex
 from a3_engine.errors import StoreError
-from a3_engine.kv import ChunkKV
+from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.segments import Segment
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Encoder(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def shape(self, n_tokens: int) -> tuple[int, int, int, int]: ...
+    @property
+    def shape(self) -> KVShape: ...
 
     def batches(self, items: Sequence[Item], lengths: Sequence[int]) -> Iterator[list[Item]]: ...
 
@@ -93,7 +94,7 @@ class ChunkLibrary:
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
         self._encoder = encoder
-        self._shape, self._dtype = encoder.shape(1), encoder.dtype
+        self._shape, self._dtype = encoder.shape, encoder.dtype
         self._engine, self.codec = engine, codec
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = KeyedLocks()
@@ -170,7 +171,7 @@ class ChunkLibrary:
             return Fetched(resident, True, header.nbytes, 0.0)
         if (stored := self.store.get(header)) is not None:
             return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
-        behind = self._kv_behind(segment)
+        behind = self._context_kv(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
@@ -210,7 +211,7 @@ class ChunkLibrary:
         """
         together = [
             batch
-            for _, group in groupby(sorted(segments, key=self.behind), self.behind)
+            for _, group in groupby(sorted(segments, key=self.context_ids), self.context_ids)
             for batch in self._batches(list(group))
         ]
         with ThreadPoolExecutor(1, "a3-store") as writer:
@@ -228,7 +229,7 @@ class ChunkLibrary:
 
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
-        behind = self._kv_behind(batch[0])
+        behind = self._context_kv(batch[0])
         with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
             payloads = self._compute(missing, behind)[0] if missing else []
@@ -243,8 +244,8 @@ class ChunkLibrary:
 
         return writer.submit(land)
 
-    def behind(self, segment: Segment) -> tuple[int, ...]:
-        """Ids that a segment is computed behind; no stand-in where both would not fit."""
+    def context_ids(self, segment: Segment) -> tuple[int, ...]:
+        """Ids that a segment is computed after; no stand-in where both would not fit."""
         if segment.kind == "prefix":
             return ()
         fits = len(self._all_ids) + len(segment.ids) <= self._room
@@ -256,13 +257,13 @@ class ChunkLibrary:
         A chunk that opens a prompt has no other document before it, and its first tokens feel
         that most: with its head these are exact.
         """
-        if self.behind(chunk) == self.prefix_ids:
+        if self.context_ids(chunk) == self.prefix_ids:
             return None
         return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag)
 
-    def _kv_behind(self, segment: Segment) -> ChunkKV | None:
+    def _context_kv(self, segment: Segment) -> ChunkKV | None:
         """KV of what a segment is computed behind; stored as all else, so computed once."""
-        if not (ids := self.behind(segment)):
+        if not (ids := self.context_ids(segment)):
             return None
         before = Segment("prefix", ids)
         kv = self.fetch(before).kv
@@ -288,13 +289,19 @@ class ChunkLibrary:
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
-        behind = self.behind(segment)
+        behind = self.context_ids(segment)
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
-        layers, kv_heads, _, head_dim = self._shape
-        shape = (layers, kv_heads, len(segment.ids), head_dim)
-        stand_in = self.stand_in if behind != self.prefix_ids and behind else ""
-        return Header(key, self._engine, shape, self._dtype, codec, stand_in=stand_in)
+        shape, values = self._shape.of_chunk(len(segment.ids))
+        return Header(
+            key,
+            self._engine,
+            shape,
+            self._dtype,
+            codec,
+            stand_in=self.stand_in if behind != self.prefix_ids and behind else "",
+            value_dim=0 if values == shape else values[3],
+        )
 
 
 def _about(segment: Segment) -> str:

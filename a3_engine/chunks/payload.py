@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from a3_engine.chunks.codecs import CODECS, get_codec
-from a3_engine.chunks.codecs.base import Shape, Spec, Tensors
+from a3_engine.chunks.codecs.base import Spec, Tensors
 from a3_engine.chunks.fingerprint import FORMAT_VERSION
-from a3_engine.kv import ChunkKV
+from a3_engine.kv import ChunkKV, Shape
 
 MAX_HEADER = 64 * 2**10  # bytes; ours are below 2 KiB
 
@@ -33,7 +33,8 @@ class Header:
     """What a payload must say of itself to be used for a request.
 
     ``shape`` is ``(layers, kv_heads, tokens, head_dim)`` of the decoded keys and values, ``dtype``
-    theirs as torch prints it. A part of a chunk begins at ``first_layer``. ``stand_in`` names the
+    theirs as torch prints it; ``value_dim`` is that of the values where it is another, and is left
+    out where it is not. A part of a chunk begins at ``first_layer``. ``stand_in`` names the
     passages that it was computed behind, and is left out where there were none.
     """
 
@@ -44,6 +45,7 @@ class Header:
     codec: str
     first_layer: int = 0
     stand_in: str = ""
+    value_dim: int = 0
     version: int = FORMAT_VERSION
 
     @property
@@ -58,8 +60,13 @@ class Header:
         return dtype
 
     @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """Those of the decoded keys and values."""
+        return self.shape, (*self.shape[:3], self.value_dim or self.shape[3])
+
+    @property
     def layout(self) -> dict[str, Spec]:
-        return get_codec(self.codec).layout(self.shape, self.torch_dtype)
+        return get_codec(self.codec).layout(*self.shapes, self.torch_dtype)
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +75,9 @@ class Header:
 
     def to_json(self) -> str:
         said = asdict(self)
-        if not self.stand_in:
-            del said["stand_in"]
+        for optional in ("stand_in", "value_dim"):
+            if not said[optional]:
+                del said[optional]
         return json.dumps(said, sort_keys=True)
 
     @classmethod
@@ -83,6 +91,8 @@ class Header:
                 and header.codec in CODECS
                 and len(header.shape) == 4
                 and all(type(size) is int and size > 0 for size in header.shape)
+                and type(header.value_dim) is int
+                and header.value_dim >= 0
                 and isinstance(header.torch_dtype, torch.dtype)
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -124,7 +134,7 @@ class Payload:
     def kv(self) -> ChunkKV:
         """Decode. Do not write into it: it may be the store's memory."""
         header = self.header
-        return get_codec(header.codec).decode(self.tensors, header.shape, header.torch_dtype)
+        return get_codec(header.codec).decode(self.tensors, *header.shapes, header.torch_dtype)
 
     def on(self, device: torch.device) -> Payload:
         """The same with its tensors on a device, to be decoded there."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SHIPPED, NONE = "shipped", "none"
+AUTO, SHIPPED, NONE = "auto", "shipped", "none"
 
 PASSAGES = (
     "Old Market Hall\n"
@@ -66,7 +66,7 @@ def passages_of(stand_in: str | Sequence[str]) -> tuple[str, ...]:
     Parameters
     ----------
     stand_in : str or sequence of str
-        ``"shipped"``, ``"none"``, or passages of one's own.
+        ``"auto"`` or ``"shipped"``, ``"none"``, or passages of one's own.
 
     Raises
     ------
@@ -74,11 +74,12 @@ def passages_of(stand_in: str | Sequence[str]) -> tuple[str, ...]:
         It is another string, or one of the passages is empty.
     """
     if isinstance(stand_in, str):
-        if stand_in not in (SHIPPED, NONE):
+        if stand_in not in (AUTO, SHIPPED, NONE):
             raise ValueError(
-                f"stand_in is {SHIPPED!r}, {NONE!r} or a list of passages, not {stand_in[:40]!r}."
+                f"stand_in is {AUTO!r}, {SHIPPED!r}, {NONE!r} or a list of passages, not "
+                f"{stand_in[:40]!r}."
             )
-        return PASSAGES if stand_in == SHIPPED else ()
+        return () if stand_in == NONE else PASSAGES
     if not all(isinstance(text, str) and text.strip() for text in stand_in):
         raise ValueError(f"A stand-in is a list of passages with text; use {NONE!r} for none.")
     return tuple(stand_in)

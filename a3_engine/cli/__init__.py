@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from a3_engine import A3Error, __version__
-from a3_engine.cli import bench, cache, eval, plot
+from a3_engine.cli import bench, cache, eval, plot, tune
 from a3_engine.cli.reading import InputError
 
-COMMANDS = (eval, plot, bench, cache)
+COMMANDS = (eval, plot, bench, tune, cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

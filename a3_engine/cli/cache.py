@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -15,18 +14,16 @@ from a3_engine.chunks.archive import export_chunks, import_chunks
 from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
 from a3_engine.chunks.doctor import check_model
 from a3_engine.chunks.payload import DamagedPayload, read_header
-from a3_engine.chunks.stand_in import NONE, SHIPPED
+from a3_engine.chunks.stand_in import AUTO, NONE
 from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli.options import STAND_IN_HELP, stand_in
-from a3_engine.cli.reading import folder, nbytes, seconds, text_of, texts_of_lines
+from a3_engine.cli.reading import documents, folder, nbytes, seconds
 from a3_engine.engine import A3Engine
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.model.loading import default_cache_dir
 from a3_engine.prompt import Chunk
-
-TEXT_FILES = {".txt", ".md", ".rst"}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -69,7 +66,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
     warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
-    warm.add_argument("--stand-in", type=stand_in, default=SHIPPED, help=STAND_IN_HELP)
+    warm.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     warm.add_argument("--size-limit", type=nbytes, metavar="SIZE")
     warm.add_argument("--store", help="URL of a shared store")
     doctor = action("doctor", run_doctor, "examine the folder, the index and the shared store")
@@ -197,11 +194,7 @@ def run_import(options: argparse.Namespace) -> int:
 
 def run_warm(options: argparse.Namespace) -> int:
     """Compute what is not stored yet; status 1 where the store cannot hold it."""
-    if not options.folder.is_dir():
-        raise ValueError(f"There is no folder {options.folder}.")
-    chunks = list(_documents(options.folder))
-    if not chunks:
-        raise ValueError(f"{options.folder} holds no .txt, .md, .rst or .jsonl file with text.")
+    chunks = [Chunk(text, tag) for text, tag in documents(options.folder)]
     engine = A3Engine.from_pretrained(
         options.model,
         dtype=options.dtype,
@@ -257,16 +250,3 @@ def _store(
 ) -> DiskStore:
     place, secret = _folder(options) / "chunks", StoreOptions().secret
     return DiskStore(place, size_limit, secret=secret, readonly=readonly)
-
-
-def _documents(where: Path) -> Iterator[Chunk]:
-    """Chunks of a folder's files, in the order of their names, tagged with their paths."""
-    for path in sorted(path for path in where.rglob("*") if path.is_file()):
-        tag = path.relative_to(where).as_posix()
-        if path.suffix in TEXT_FILES:
-            texts = [text_of(path)]
-        elif path.suffix == ".jsonl":
-            texts = list(texts_of_lines(path))
-        else:
-            continue
-        yield from (Chunk(text, tag) for text in texts if text.strip())

@@ -11,6 +11,7 @@ from pathlib import Path
 BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 LARGEST = 2**62
+TEXT_FILES = {".txt", ".md", ".rst"}
 
 
 class InputError(ValueError):
@@ -65,3 +66,26 @@ def texts_of_lines(path: Path) -> Iterator[str]:
         if not isinstance(found, dict) or not isinstance(found.get("text"), str):
             raise InputError(f'{path}, line {number}: no object with a "text" of letters.')
         yield found["text"]
+
+
+def documents(where: Path) -> list[tuple[str, str]]:
+    """Texts of a folder's files, in the order of their names, each with its path in the folder.
+
+    Raises
+    ------
+    ValueError
+        There is no such folder, or no text in it.
+    """
+    if not where.is_dir():
+        raise ValueError(f"There is no folder {where}.")
+    found: list[tuple[str, str]] = []
+    for path in sorted(path for path in where.rglob("*") if path.is_file()):
+        tag = path.relative_to(where).as_posix()
+        if path.suffix in TEXT_FILES:
+            found.append((text_of(path), tag))
+        elif path.suffix == ".jsonl":
+            found += [(text, tag) for text in texts_of_lines(path)]
+    found = [(text, tag) for text, tag in found if text.strip()]
+    if not found:
+        raise ValueError(f"{where} holds no .txt, .md, .rst or .jsonl file with text.")
+    return found

@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache
 
 from a3_engine.devices import input_device, send
 from a3_engine.fusion.addressed import COLUMNS, AddressedCache, Seat
-from a3_engine.kv import kv_shape
 from a3_engine.model.batch_cache import step
 from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.native import kernels_on
 from a3_engine.processes import Lock
 
@@ -60,6 +60,7 @@ class GraphedSteps:
         self._shown: tuple[int, list[Seat]] = (0, [])  # whose addresses a size's table holds
         one_device = {weight.device for weight in model.parameters()} == {self._device}
         self._usable = one_device and kernels_on(self._device) is not None
+        self._usable = self._usable and kv_shape(model.get_decoder()).plain
         self._lock = Lock()  # seats are left by the threads that waited for their answers
 
     def step(self, tokens: Sequence[int], caches: Sequence[Cache]) -> torch.Tensor:
@@ -157,7 +158,7 @@ class GraphedSteps:
 
     def _capture(self, size: int) -> Captured:
         decoder, device = self._model.get_decoder(), self._device
-        layers, kv_heads, _, head_dim = kv_shape(decoder, 1)
+        (layers, kv_heads, _, head_dim), _ = kv_shape(decoder).of_chunk(1)
         if not self._captured:
             # A slot for requests that are not there.
             self._slot = torch.zeros(2, kv_heads, 1, head_dim, dtype=decoder.dtype, device=device)

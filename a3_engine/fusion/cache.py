@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from a3_engine.devices import send
-from a3_engine.kv import ChunkKV
-from a3_engine.model.masks import Observer
+from a3_engine.kv import ChunkKV, KVShape, LayerShape
+from a3_engine.model.hooks import Args, Kwargs, SteeringCache, unmade_mask
+from a3_engine.model.masks import Observer, RowMask
 from a3_engine.segments import Segment
 
 # Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
@@ -39,9 +40,9 @@ class Steering(Protocol):
         cache: FusedCache,
         layer: nn.Module,
         index: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[Args, Kwargs]:
         """The arguments that the layer gets instead of these."""
         ...
 
@@ -58,6 +59,18 @@ class Compressor(Protocol):
 
 class FusedLayer(DynamicLayer):
     """Keys and values of one layer.
+
+    ========== ========== ===================================== ==============================
+    State      ``length`` what `update` does                    what led here
+    ========== ========== ===================================== ==============================
+    pending    0          writes ``rows``, then shows the       allocated; `FusedCache.rewind`
+                          prompt
+    rows set   0          the same                              the pass's ``before_layer``
+    completed  0          shows the prompt                      `complete`, where a pass needs
+                                                                no more of the last layer
+    whole      n_prompt   appends, as a `DynamicLayer` does     the first `update`
+    growing    beyond it  appends                               decoding
+    ========== ========== ===================================== ==============================
 
     Parameters
     ----------
@@ -193,10 +206,12 @@ class FusedLayer(DynamicLayer):
         """
         self.arrive()
         slots = send(slots, self.device).expand(self._keys.shape[1], -1)
-        at = slots[None, :, :, None].expand(1, -1, -1, self._keys.shape[3])
+        at = slots[None, :, :, None]
         n_kept = slots.shape[1]
         keys, values = (
-            torch.nn.functional.pad(buffer.gather(2, at), (0, 0, 0, room))
+            torch.nn.functional.pad(
+                buffer.gather(2, at.expand(1, -1, -1, buffer.shape[3])), (0, 0, 0, room)
+            )
             for buffer in (self._keys, self._values)
         )
         n_evicted = self.n_evicted + self.n_prompt - n_kept
@@ -216,7 +231,7 @@ class FusedLayer(DynamicLayer):
         self._show()
 
 
-class FusedCache(Cache):
+class FusedCache(SteeringCache):
     """The prompt's cache and the pass that completes it.
 
     Attributes
@@ -225,6 +240,8 @@ class FusedCache(Cache):
         Sorted positions of the prompt's slots; None where every token has one.
     fusion : Steering or None
         What steers the first forward.
+    passing : bool
+        Whether the forward that goes on now is the first.
     observer : callable or None
         Sees every attention of the tokens behind the prompt; see
         :class:`~a3_engine.model.masks.RowMask`, whose positions are slots here.
@@ -240,9 +257,40 @@ class FusedCache(Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.positions: torch.Tensor | None = None
         self.fusion: Steering | None = None
+        self.passing = False
         self.observer: Observer | None = None
         self.compressor: Compressor | None = None
         self.on_device: list[tuple[Segment, ChunkKV]] = []
+
+    def before_layer(
+        self, layer: nn.Module, index: int, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        if index == 0:
+            self.passing = self.layers[0].pending
+        if self.fusion is not None and self.passing:
+            return self.fusion.before_layer(self, layer, index, args, kwargs)
+        if self.observer is not None and index < len(self.layers):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            slots = self.layers[index].length + torch.arange(hidden.shape[1])
+            return args, {**kwargs, "attention_mask": RowMask(slots, observer=self.observer)}
+        return None
+
+    def inputs(self, ids: torch.Tensor) -> Kwargs:
+        """All tokens; or those alone that a pass computes, where it knows them by now.
+
+        The others are not even embedded then.
+        """
+        computed = None
+        if self.fusion is not None and self.layers[0].pending:
+            computed = self.fusion.computed()
+        if computed is None:
+            return {"input_ids": ids}
+        rows = send(computed, ids.device)
+        return {
+            "input_ids": ids.index_select(1, rows),
+            "position_ids": rows[None],
+            "attention_mask": unmade_mask(ids.device),
+        }
 
     def gathered(self, slots: Sequence[torch.Tensor | None], room: int = 0) -> FusedCache:
         """A cache of its own with each layer's given slots of the prompt, or with all for None."""
@@ -271,16 +319,20 @@ class FusedCache(Cache):
         return [layer.device for layer in self.layers]
 
     @property
+    def shape(self) -> KVShape:
+        """Shapes of its layers."""
+        buffers = (layer.buffers for layer in self.layers)
+        return KVShape(tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in buffers))
+
+    @property
     def prompt_nbytes(self) -> int:
         """Bytes of the prompt's keys and values."""
-        return sum(2 * keys.numel() * keys.element_size() for keys, _ in self.stored())
+        return sum(keys.nbytes + values.nbytes for keys, values in self.stored())
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of one token's keys and values, over all layers."""
-        return sum(
-            2 * keys.shape[1] * keys.shape[3] * keys.element_size() for keys, _ in self.stored()
-        )
+        return self.shape.token_size * self.layers[0].dtype.itemsize
 
     def stored(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every layer's :meth:`FusedLayer.stored`."""

@@ -9,12 +9,13 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.fusion.fusion_pass import FusionPass, run_pass
+from a3_engine.fusion.fusion_pass import FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.selectors.full_reuse import FullReuse
-from a3_engine.kv import ChunkKV, kv_shape
+from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.layout import Layout
 from a3_engine.model.executor import DeviceExecutor
+from a3_engine.model.hooks import run_pass
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import Rotation, rotate_
 
 # Rows of a pass: short chunks are computed together, since few rows do not keep a device busy.
@@ -49,9 +50,9 @@ class ChunkEncoder:
     def dtype(self) -> str:
         return str(self._decoder.dtype)
 
-    def shape(self, n_tokens: int) -> tuple[int, int, int, int]:
-        """Of the keys and values of so many tokens; see `kv_shape`."""
-        return kv_shape(self._decoder, n_tokens)
+    @property
+    def shape(self) -> KVShape:
+        return kv_shape(self._decoder)
 
     def batches(self, items: Sequence[Item], lengths: Sequence[int]) -> Iterator[list[Item]]:
         """Items whose chunks are computed together."""
@@ -119,22 +120,23 @@ def encode_chunks(
         load_chunks(cache, rotation, [(0, prefix)])
     own = torch.arange(behind, n_tokens)
     layout = Layout(n_tokens, (), behind, fresh=own, question=own, reused=behind)
-    FusionPass(cache, layout, FullReuse()).last_token_only = True
+    fusion = FusionPass(cache, layout)
+    fusion.recompute(own[:0])
+    fusion.last_token_only = True
     # The prefix's rows are cut off ahead of the first layer, so that any token does for them.
     rows = [[ids[0]] * behind + list(ids) for ids in chunks]
     run_pass(decoder, [ids + ids[-1:] * (n_tokens - len(ids)) for ids in rows], cache)
 
     device = decoder.get_input_embeddings().weight.device
-    keys, values = [], []
+    layers = []
     for layer, (cos, sin) in zip(cache.layers, rotation.tables(own, cache.devices), strict=True):
         key, value = (states[:, :, behind:] for states in layer.stored())
         rotate_(key, cos, sin, inverse=True)
-        keys.append(key.to(device))
-        values.append(value.to(device))
+        layers.append((key, value))
     return [
-        ChunkKV(
-            torch.stack([key[place, :, : len(ids)] for key in keys]),
-            torch.stack([value[place, :, : len(ids)] for value in values]),
+        kv_shape(decoder).chunk(
+            [(key[place, :, : len(ids)], value[place, :, : len(ids)]) for key, value in layers],
+            device,
         )
         for place, ids in enumerate(chunks)
     ]

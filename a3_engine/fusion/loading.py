@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.arrival import load_by_kernel
-from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
-from a3_engine.kv import ChunkKV, kv_shape
+from a3_engine.kv import ChunkKV
 from a3_engine.model.attention import has_window
+from a3_engine.model.executor import DeviceExecutor
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import loops
 
@@ -23,15 +23,20 @@ def allocate(
 ) -> FusedCache:
     """An empty cache with room for ``capacity`` tokens, each layer on its own device."""
     decoder, dtype = model.get_decoder(), model.dtype  # which it looks for in all its weights
-    shape = (n_prompts, *kv_shape(decoder, capacity)[1:])
     layers = []
-    for layer, window in zip(decoder.layers, has_window(model), strict=True):
-        device = _device(layer)
+    # Layers that share another's keys and values come last, and have none.
+    for layer, window, shape in zip(
+        decoder.layers, has_window(model), kv_shape(decoder).layers, strict=False
+    ):
+        device, slots = _device(layer), n_prompts * capacity
         if device.type == "cpu":
-            both = BUFFERS.take(2 * math.prod(shape), dtype).view(2, *shape)
+            both = DeviceExecutor.on(device).buffers.take(slots * shape.size, dtype)
         else:
-            both = torch.empty((2, *shape), dtype=dtype, device=device)
-        keys, values = both.unbind()
+            both = torch.empty(slots * shape.size, dtype=dtype, device=device)
+        sizes = [slots * shape.heads * dim for dim in (shape.key_dim, shape.value_dim)]
+        keys, values = (
+            part.view(n_prompts, shape.heads, capacity, -1) for part in torch.split(both, sizes)
+        )
         layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
     return FusedCache(layers)
 
@@ -71,12 +76,16 @@ def load_chunks(
         return []
     stop = max(start + kv.n_tokens for start, kv in chunks)
     tables = rotation.tables_up_to(stop, cache.devices)
-    if not rotation.adjacent:  # the loops and kernels turn halves
+    shape = cache.shape
+    # They turn halves, and in all layers as many components.
+    widths = {cos.shape[1:] for cos, _ in tables}
+    by_loops = shape.plain and not rotation.adjacent and len(widths) == 1
+    if by_loops:
         arrived = load_by_kernel(cache, tables, chunks, over)
         if arrived is not None:
             return arrived
     stored = list(cache.stored())
-    if not rotation.adjacent and loops.places([*chunks, *over], stored):
+    if by_loops and loops.places([*chunks, *over], stored):
         for prompt in range(len(stored[0][0])):
             layers = [(keys[prompt], values[prompt]) for keys, values in stored]
             for some in (chunks, over):
@@ -84,9 +93,11 @@ def load_chunks(
                     loops.place(some, layers, tables)
         return []
     # One rotation a layer over all that was loaded costs less than one for every chunk.
+    by_layer = [(start, shape.split(kv)) for start, kv in [*chunks, *over]]
     for index, ((keys, values), (cos, sin)) in enumerate(zip(stored, tables, strict=True)):
-        for start, kv in [*chunks, *over]:
-            keys[:, :, start : start + kv.n_tokens] = kv.keys[index]
-            values[:, :, start : start + kv.n_tokens] = kv.values[index]
+        for start, states in by_layer:
+            key, value = states[index]
+            keys[:, :, start : start + key.shape[1]] = key
+            values[:, :, start : start + key.shape[1]] = value
         rotate_(keys[:, :, :stop], cos[:stop], sin[:stop])
     return []

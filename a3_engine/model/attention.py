@@ -135,7 +135,7 @@ def attend_rows(
     Returns
     -------
     torch.Tensor
-        Shape ``(prompts, rows, heads, head_dim)``.
+        Shape ``(prompts, rows, heads, head_dim)``, of the values' size.
     """
     refuse_unknown(others)
     if rows.observer is not None:
@@ -153,7 +153,7 @@ def attend_rows(
         None if s_aux is None else s_aux.view(1, key.shape[1], -1, 1).expand(len(key), -1, -1, 1)
     )
     attend = _attention_for(query, rows.scratch, softcap, sinks)
-    output = torch.empty_like(query)
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
     for block in rows.blocks(sliding_window, query):
         attend(
             query[:, :, block.rows],
@@ -206,7 +206,7 @@ def attend_ragged(
         )
     # Heads that share keys stand as rows: a kernel for single heads may copy the keys for each.
     grouped = query.reshape(n_requests, kv_heads, heads // kv_heads, head_dim)
-    output = torch.empty_like(grouped)
+    output = grouped.new_empty(*grouped.shape[:-1], values[0].shape[-1])
     sinks = None if s_aux is None else s_aux.view(1, kv_heads, 1, -1)
     for place, (key, value) in enumerate(zip(keys, values, strict=True)):
         one, into = grouped[place : place + 1], output[place : place + 1]
@@ -215,7 +215,7 @@ def attend_ragged(
         few = key.shape[2] <= FUSED_KEYS
         attend = _attention_for(one, ragged.scratch, softcap, sinks, few)
         attend(one, key, value, None, scaling, into)
-    return output.view(n_requests, 1, heads, head_dim)
+    return output.view(n_requests, 1, heads, -1)
 
 
 def _attention_for(
@@ -294,6 +294,9 @@ def _attend_plain(
     else:
         scores = query.new_empty(shape)
     by_row = scores.view(at_once, -1, n_rows, n_keys)
+    attended = grouped
+    if values.shape[-1] != head_dim:
+        attended = grouped.new_empty(*grouped.shape[:-1], values.shape[-1])
     for head in range(0, kv_heads, at_once):
         some = slice(head, head + at_once)
         multiply(grouped[some], keys[some].transpose(1, 2), scores)
@@ -304,10 +307,10 @@ def _attend_plain(
         if sinks is not None:  # what they leave to the keys
             left = torch.sigmoid(by_row.float().logsumexp(-1) - sinks.flatten(0, 1)[some].float())
         torch.softmax(scores, dim=-1, out=scores)  # computes in fp32 whatever the dtype
-        multiply(scores, values[some], grouped[some])
+        multiply(scores, values[some], attended[some])
         if sinks is not None:
-            grouped[some] *= left.flatten(1)[..., None]
-    output.copy_(grouped.view(output.shape))
+            attended[some] *= left.flatten(1)[..., None]
+    output.copy_(attended.view(output.shape))
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:

@@ -27,9 +27,9 @@ class Rotation:
 
     Parameters
     ----------
-    inv_freq : torch.Tensor
-        fp32, shape ``(layers, rotary_dim / 2)``, on the CPU. A layer without position (NoPE) has a
-        row of zeros: turning by nothing.
+    inv_freq : sequence of torch.Tensor
+        Of each layer fp32, shape ``(rotary_dim / 2,)``, on the CPU. A layer without position (NoPE)
+        has zeros: turning by nothing.
     max_tokens : int or None
         Longest prompt for which these frequencies hold (longrope changes them beyond it).
     adjacent : bool
@@ -37,7 +37,7 @@ class Rotation:
         components apart, as in Llama.
     """
 
-    inv_freq: torch.Tensor
+    inv_freq: Sequence[torch.Tensor]
     max_tokens: int | None = None
     adjacent: bool = False
     _last: list[Tables] = field(default_factory=list, repr=False, compare=False)
@@ -166,9 +166,7 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
             )
         row = _inv_freq(rotary, kind if per_type else None)
         rows.append(row)
-    if len({row.shape for row in rows}) > 1:
-        raise UnsupportedModelError("its layers rotate different numbers of components")
-    return Rotation(torch.stack(rows), max_tokens)
+    return Rotation(rows, max_tokens)
 
 
 def _inv_freq(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:

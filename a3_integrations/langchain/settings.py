@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.stand_in import SHIPPED
+from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import choose_selector, with_call
@@ -95,8 +95,9 @@ class A3Settings(BaseModel):
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
     stand_in: str | tuple[str, ...] = Field(
-        default=SHIPPED,
-        description="What they are computed behind as well: shipped, none, or passages of yours.",
+        default=AUTO,
+        description="What they are computed behind as well: auto, shipped, none, or passages of "
+        "yours.",
     )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."

@@ -31,9 +31,9 @@ from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport
 from a3_engine.chunks.codecs import DEFAULT_CODEC
-from a3_engine.chunks.stand_in import SHIPPED
+from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
-from a3_engine.engine import Request
+from a3_engine.engine import PromptLike
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.shared import shared_engine
@@ -109,8 +109,9 @@ class A3LLM(LLM):
         description="What chunks are computed behind: template, bos, none, or a text.",
     )
     stand_in: str | tuple[str, ...] = Field(
-        default=SHIPPED,
-        description="What they are computed behind as well: shipped, none, or passages of yours.",
+        default=AUTO,
+        description="What they are computed behind as well: auto, shipped, none, or passages of "
+        "yours.",
     )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
@@ -258,7 +259,7 @@ class A3LLM(LLM):
 
     # How
 
-    def _from_messages(self, messages: Sequence[ChatMessage]) -> Request:
+    def _from_messages(self, messages: Sequence[ChatMessage]) -> PromptLike:
         if self.messages_to_prompt not in (None, generic_prompt):
             return self._engine.runtime.planner.plan_raw(self.messages_to_prompt(messages))
         # An empty conversation, too, is the template's to show.
@@ -266,7 +267,7 @@ class A3LLM(LLM):
             [to_engine(message) for message in messages], blank=True
         )
 
-    def _from_prompt(self, prompt: str, formatted: bool) -> Request:
+    def _from_prompt(self, prompt: str, formatted: bool) -> PromptLike:
         if not formatted and self.completion_to_prompt is not None:
             own = self.completion_to_prompt(prompt)
             # The default leaves the prompt as it is; then the model's chat template is used.
@@ -293,7 +294,7 @@ class A3LLM(LLM):
         finished.set(report)
         return report
 
-    def _pieces(self, request: Request, kwargs: dict[str, Any]) -> Generator[Any, None, None]:
+    def _pieces(self, request: PromptLike, kwargs: dict[str, Any]) -> Generator[Any, None, None]:
         """(text so far, new piece, None), and at the end (text, "", report)."""
         stream = self._engine.stream(request, **self._options(kwargs))
 
@@ -307,7 +308,9 @@ class A3LLM(LLM):
 
         return generate()
 
-    async def _apieces(self, request: Request, kwargs: dict[str, Any]) -> AsyncGenerator[Any, None]:
+    async def _apieces(
+        self, request: PromptLike, kwargs: dict[str, Any]
+    ) -> AsyncGenerator[Any, None]:
         stream = await self._engine.astream(request, **self._options(kwargs))
         text = ""
         try:

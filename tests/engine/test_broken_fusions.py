@@ -73,7 +73,9 @@ def rotation(patch: Patch, change: Callable[[torch.Tensor], torch.Tensor]) -> No
     patch.setattr(
         gate,
         "read_rotation",
-        lambda decoder: replace(read := ordinary(decoder), inv_freq=change(read.inv_freq.clone())),
+        lambda decoder: replace(
+            read := ordinary(decoder), inv_freq=change(torch.stack(read.inv_freq))
+        ),
     )
 
 

@@ -14,13 +14,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from a3_engine import native
 from a3_engine.fusion import arrival, correction
-from a3_engine.fusion.fusion_pass import install_hooks, run_pass
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors import SELECTORS
-from a3_engine.kv import ChunkKV, kv_shape
+from a3_engine.fusion.selectors.base import Run
+from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import install
+from a3_engine.model.hooks import install_hooks, run_pass
+from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import read_rotation
 from tests.tiny import tiny_model
 
@@ -80,27 +81,23 @@ def layout(mode):
 def request(model, selector):
     decoder = model.get_decoder()
     rotation = read_rotation(decoder)
+    states = kv_shape(decoder).of_chunk(36)[0]  # which the gate has asked for by then
     mode = FakeTensorMode()
     where = layout(mode)
     positions = [span.start for span in where.chunks]
     with mode, NothingComesBack(), torch.inference_mode():
         for module in model.modules():
-            for states in (module._parameters, module._buffers):
-                for name, one in states.items():
+            for own in (module._parameters, module._buffers):
+                for name, one in own.items():
                     if one is not None:
-                        states[name] = torch.empty(one.shape, dtype=one.dtype, device=GPU)
+                        own[name] = torch.empty(one.shape, dtype=one.dtype, device=GPU)
         cache = allocate(model, TOKENS, TOKENS + 8)
-        chunks = [
-            (start, ChunkKV(*torch.empty(2, *kv_shape(decoder, 36), device=GPU)))
-            for start in positions
-        ]
+        chunks = [(start, ChunkKV(*torch.empty(2, *states, device=GPU))) for start in positions]
         # Cosines and sines are made once for all shorter prompts.
-        table = torch.empty(128, rotation.inv_freq.shape[1], device=GPU)
+        table = torch.empty(128, len(rotation.inv_freq[0]), device=GPU)
         rotation._last[:] = [[(table, table)] * len(cache.layers)]
         load_chunks(cache, rotation, chunks)
-        cache = begin(
-            model, rotation, cache, where, selector, range(TOKENS), local_queries=None, room=8
-        )
+        cache = selector.prepare(Run(model, rotation, cache, where, range(TOKENS), room=8)).cache
         cache.fusion.last_token_only = True
         run_pass(decoder, [range(TOKENS)], cache)
     return cache

@@ -74,17 +74,6 @@ def test_a_report_adds_up_and_a_second_request_only_hits(tiny_engine):
     assert {chunk.text for chunk in reports[1].chunks} == {LAMP, SHORE}
 
 
-def test_a_drafted_answer_is_part_of_selecting(tiny_engine):
-    """And of nothing else: the pass behind it has taken time."""
-    report = (
-        tiny_engine()
-        .generate(ASK, chunks=[LAMP, SHORE], selector="a3_lookahead", ratio=0.2, max_new_tokens=2)
-        .report
-    )
-    assert min(report.select_s, report.recompute_s) > 0
-    assert report.ttft_s >= report.load_s + report.encode_s + report.select_s + report.recompute_s
-
-
 def test_a_report_can_be_read(tiny_engine):
     """The counts stand in its text and among its plain values."""
     answer = tiny_engine().generate(ASK, chunks=[LAMP], selector="a3", ratio=0.3, max_new_tokens=6)

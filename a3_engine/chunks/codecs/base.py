@@ -6,9 +6,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from a3_engine.kv import ChunkKV
+from a3_engine.kv import ChunkKV, Shape
 
-Shape = tuple[int, int, int, int]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -29,11 +28,11 @@ class Codec(Protocol):
     name: str
     tolerance: float
 
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, Spec]:
-        """The tensors that chunks of this shape and dtype have: exactly these are accepted."""
+    def layout(self, keys: Shape, values: Shape, dtype: torch.dtype) -> dict[str, Spec]:
+        """The tensors that chunks of these shapes and dtype have: exactly these are accepted."""
 
     def encode(self, kv: ChunkKV) -> Tensors:
         """Tensors of the layout, on the CPU."""
 
-    def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
-        """Keys and values of this shape and dtype; may share memory with the tensors."""
+    def decode(self, tensors: Tensors, keys: Shape, values: Shape, dtype: torch.dtype) -> ChunkKV:
+        """Keys and values of these shapes and dtype; may share memory with the tensors."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from a3_engine.chunks.codecs.base import Shape, Spec, Tensors
-from a3_engine.kv import ChunkKV
+from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.kv import ChunkKV, Shape
 
 GROUP = 32
 STEPS = 15
@@ -22,11 +22,10 @@ class Int4:
     # Half a step of twice the magnitude, and bf16's rounding of the least value and of 15 steps.
     tolerance = 1.0 / STEPS + 3 * 2.0**-8
 
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, Spec]:
-        layers, heads, tokens, channels = shape
+    def layout(self, keys: Shape, values: Shape, dtype: torch.dtype) -> dict[str, Spec]:
         specs = {}
-        for name, lines, length in (("keys", channels, tokens), ("values", tokens, channels)):
-            groups = (layers, heads, lines, -(-length // GROUP))
+        for name, lines, length in (("keys", keys[3], keys[2]), ("values", values[2], values[3])):
+            groups = (*keys[:2], lines, -(-length // GROUP))
             specs[name] = Spec((*groups, GROUP // 2), torch.uint8)
             specs[f"{name}_step"] = specs[f"{name}_least"] = Spec(groups, torch.bfloat16)
         return specs
@@ -50,9 +49,9 @@ class Int4:
             tensors[f"{name}_step"], tensors[f"{name}_least"] = step, least
         return tensors
 
-    def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
+    def decode(self, tensors: Tensors, keys: Shape, values: Shape, dtype: torch.dtype) -> ChunkKV:
         decoded = []
-        for name, length in (("keys", shape[2]), ("values", shape[3])):
+        for name, length in (("keys", keys[2]), ("values", values[3])):
             packed = tensors[name]
             cells = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).float()
             step, least = tensors[f"{name}_step"].float(), tensors[f"{name}_least"].float()

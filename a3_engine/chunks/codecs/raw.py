@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from a3_engine.chunks.codecs.base import Shape, Spec, Tensors
-from a3_engine.kv import ChunkKV
+from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.kv import ChunkKV, Shape
 
 
 class Raw:
@@ -14,13 +14,13 @@ class Raw:
     name = "raw"
     tolerance = 0.0
 
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, Spec]:
-        return {"keys": Spec(shape, dtype), "values": Spec(shape, dtype)}
+    def layout(self, keys: Shape, values: Shape, dtype: torch.dtype) -> dict[str, Spec]:
+        return {"keys": Spec(keys, dtype), "values": Spec(values, dtype)}
 
     def encode(self, kv: ChunkKV) -> Tensors:
         return {"keys": _to_host(kv.keys), "values": _to_host(kv.values)}
 
-    def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
+    def decode(self, tensors: Tensors, keys: Shape, values: Shape, dtype: torch.dtype) -> ChunkKV:
         return ChunkKV(tensors["keys"], tensors["values"])
 
 

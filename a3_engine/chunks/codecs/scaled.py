@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from a3_engine.chunks.codecs.base import Shape, Spec, Tensors
-from a3_engine.kv import ChunkKV
+from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.kv import ChunkKV, Shape
 
 TOKENS, CHANNELS = 2, 3  # axes of (layers, kv_heads, tokens, head_dim)
 AXES = {"keys": TOKENS, "values": CHANNELS}  # what one scale is shared along
@@ -22,9 +22,9 @@ class ScaledCodec:
     cells: torch.dtype
     top: float
 
-    def layout(self, shape: Shape, dtype: torch.dtype) -> dict[str, Spec]:
+    def layout(self, keys: Shape, values: Shape, dtype: torch.dtype) -> dict[str, Spec]:
         specs = {}
-        for name, axis in AXES.items():
+        for (name, axis), shape in zip(AXES.items(), (keys, values), strict=True):
             scales = list(shape)
             scales[axis] = 1
             specs[name] = Spec(shape, self.cells)
@@ -43,8 +43,7 @@ class ScaledCodec:
             tensors[f"{name}_scale"] = scale
         return tensors
 
-    def decode(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> ChunkKV:
-        keys, values = (
-            (tensors[name].float() * tensors[f"{name}_scale"]).to(dtype) for name in AXES
+    def decode(self, tensors: Tensors, keys: Shape, values: Shape, dtype: torch.dtype) -> ChunkKV:
+        return ChunkKV(
+            *((tensors[name].float() * tensors[f"{name}_scale"]).to(dtype) for name in AXES)
         )
-        return ChunkKV(keys, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from a3_engine.fusion.selectors.a3 import A3, A3Lookahead
+from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
@@ -21,7 +21,6 @@ SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector
     for selector in (
         A3,
-        A3Lookahead,
         CacheBlend,
         Epic,
         FullPrefill,
@@ -34,10 +33,11 @@ SELECTORS: dict[str, type[Selector]] = {
     )
 }
 DEFAULT = Mend.name
+BALANCED = "balanced"
 # What they stand for, in the order of their cost; figures in docs/results.md.
 QUALITIES: dict[str, Selector] = {
     "fast": FullReuse(),
-    "balanced": Mend(),
+    BALANCED: Mend(),
     "exact": FullPrefill(),
 }
 

@@ -1,0 +1,1 @@
+"""Which architectures are fused, and exact: `python -m tests.survey`."""
