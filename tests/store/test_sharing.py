@@ -117,9 +117,12 @@ def test_no_more_is_read_from_redis_than_a_chunk_can_have(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("start", [b"$99999999999\r\n", b"*1000000000\r\n", b":", b"-ERR "])
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [(b"$99999999999\r\n", b"x"), (b"*1000000000\r\n", b":1\r\n"), (b":", b"1"), (b"-ERR ", b"x")],
+)
 @pytest.mark.usefixtures("socket_enabled")
-def test_a_redis_that_floods_is_left(start):
+def test_a_redis_that_floods_is_left(start, more):
     """Whatever it claims to send: reading ends, also behind the call's deadline."""
     from tests.store.servers import peer
 
@@ -127,7 +130,7 @@ def test_a_redis_that_floods_is_left(start):
         connection.recv(4096)
         connection.sendall(start)
         while True:
-            connection.sendall(b"1" * 4096)
+            connection.sendall(more * 4096)
 
     with peer(serve) as port:
         blobs = RedisBlobs(f"redis://127.0.0.1:{port}/0", 60.0)
