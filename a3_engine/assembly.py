@@ -75,6 +75,11 @@ def assemble(
 
     def prepare() -> Prepared:
         cache = allocate(runtime.model, prompt.n_tokens, prompt.n_tokens + room)
+        if compressor is not None and any(layer.shape.latent for layer in cache.layers):
+            raise ValueError(
+                "A compression keeps other tokens for each head, and the model keeps one latent "
+                "for all heads. Choose none for this model."
+            )
         brought = load_chunks(cache, rotation, list(kv_at.items()), over)
         cache.on_device = list(zip(laid, brought, strict=False))
         if prefix is not None:

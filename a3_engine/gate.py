@@ -25,6 +25,7 @@ from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import has_window
 from a3_engine.model.batch_cache import step
 from a3_engine.model.hooks import arguments, install_hooks
+from a3_engine.model.latent import is_latent
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
@@ -36,6 +37,8 @@ TESTED = frozenset(
         "arcee",
         "cohere",
         "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
         "dots1",
         "ernie4_5",
         "ernie4_5_moe",
@@ -50,6 +53,8 @@ TESTED = frozenset(
         "glm",
         "glm4",
         "glm4_moe",
+        "glm4_moe_lite",
+        "gpt_neox",
         "gpt_oss",
         "granite",
         "granite_swa",
@@ -63,6 +68,7 @@ TESTED = frozenset(
         "ministral",
         "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
         "nanochat",
         "nemotron",
@@ -82,6 +88,7 @@ TESTED = frozenset(
         "stablelm",
         "starcoder2",
         "vaultgemma",
+        "youtu",
     }
 )
 # Lengths of the two prompts that are tried. The longer one goes beyond a sliding window, where that
@@ -142,8 +149,6 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise UnsupportedModelError("it is an encoder-decoder model")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError("it compresses keys and values together (MLA)")
     others = set(getattr(config, "layer_types", None) or []) - {
         "full_attention",
         "sliding_attention",
@@ -154,8 +159,15 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedModelError("some of its weights are kept elsewhere (offloaded)")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+    if not layers or not all(
+        hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers
+    ):
         raise UnsupportedModelError("its layers are not the usual attention decoder layers")
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    if any(getattr(each, "indexer", None) is not None for each in attentions):
+        raise UnsupportedModelError("an indexer picks the keys that its attention sees")
+    if getattr(config, "kv_lora_rank", None) and not all(map(is_latent, layers)):
+        raise UnsupportedModelError("it keeps latents (MLA) in a way that the engine does not know")
     return decoder
 
 

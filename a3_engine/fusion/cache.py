@@ -84,6 +84,9 @@ class FusedLayer(DynamicLayer):
         positions as if they were there.
     is_sliding : bool
         Whether the layer attends within a sliding window; it holds all tokens all the same.
+    latent : bool
+        See :class:`~a3_engine.kv.LayerShape`. What transformers sees, ``keys`` and ``values``, is
+        then the other way round.
 
     Attributes
     ----------
@@ -98,8 +101,10 @@ class FusedLayer(DynamicLayer):
         n_prompt: int,
         n_evicted: int = 0,
         is_sliding: bool = False,
+        latent: bool = False,
     ) -> None:
         super().__init__()
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], latent)
         self.is_sliding = is_sliding  # transformers makes one mask for each kind of layer
         self._keys, self._values = keys, values
         self.n_prompt = n_prompt
@@ -118,7 +123,7 @@ class FusedLayer(DynamicLayer):
         return self.length == 0
 
     def _show(self) -> None:
-        self.keys, self.values = self._first(self.length)
+        self.keys, self.values = self.shape.ours(*self._first(self.length))
 
     def _first(self, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys.narrow(2, 0, n_slots), self._values.narrow(2, 0, n_slots)
@@ -153,6 +158,7 @@ class FusedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        key_states, value_states = self.shape.ours(key_states, value_states)
         if self.pending:
             self.complete(key_states, value_states)
             self.length = self.n_prompt
@@ -215,7 +221,7 @@ class FusedLayer(DynamicLayer):
             for buffer in (self._keys, self._values)
         )
         n_evicted = self.n_evicted + self.n_prompt - n_kept
-        layer = FusedLayer(keys, values, n_kept, n_evicted, self.is_sliding)
+        layer = FusedLayer(keys, values, n_kept, n_evicted, self.is_sliding, self.shape.latent)
         layer.length = 0 if self.pending else n_kept
         layer._show()
         return layer
@@ -321,8 +327,7 @@ class FusedCache(SteeringCache):
     @property
     def shape(self) -> KVShape:
         """Shapes of its layers."""
-        buffers = (layer.buffers for layer in self.layers)
-        return KVShape(tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in buffers))
+        return KVShape(tuple(layer.shape for layer in self.layers))
 
     @property
     def prompt_nbytes(self) -> int:

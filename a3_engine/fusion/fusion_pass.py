@@ -22,8 +22,9 @@ from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.cache import BeforeWrite, FusedCache, FusedLayer
 from a3_engine.fusion.layer_pruning import LayerPruning
 from a3_engine.layout import Layout
-from a3_engine.model.attention import project
+from a3_engine.model.attention import capture
 from a3_engine.model.hooks import Args, Kwargs
+from a3_engine.model.latent import expanded
 from a3_engine.model.masks import LocalGlobal, Observer, RowMask
 
 # What a layer is called with that has a part for each row, beside its positional arguments.
@@ -231,8 +232,7 @@ class FusionPass:
         )
         args, kwargs = self._sliced(args, kwargs, self._given)
         if self.last_token_only and index == len(cache.layers) - 1 and self.observer is None:
-            _, key, value = project(layer, args, kwargs)
-            cached.complete(key, value)
+            cached.complete(*capture(layer, args, kwargs).kept)
             before = self.rows
             self._go_on_with(self.rows[-1:])
             mask = RowMask(self.rows, self._key_positions)
@@ -298,8 +298,8 @@ class FusionPass:
     def _select(
         self, at: SelectAt, cached: FusedLayer, layer: nn.Module, args: Args, kwargs: Kwargs
     ) -> None:
-        query, key, value = project(layer, args, kwargs)
-        computed, stored = States(query, key, value), States(None, *cached.stored())
-        self.recompute(at.select(self.layout, computed, stored))
+        captured = capture(layer, args, kwargs)
+        stored = States(None, *expanded(layer, *cached.stored()))
+        self.recompute(at.select(self.layout, States(*captured.states), stored))
         # This layer's states were computed for every token: the fresh ones are the exact ones.
-        cached.write(self._everything, key, value)
+        cached.write(self._everything, *captured.kept)

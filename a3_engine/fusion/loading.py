@@ -37,7 +37,7 @@ def allocate(
         keys, values = (
             part.view(n_prompts, shape.heads, capacity, -1) for part in torch.split(both, sizes)
         )
-        layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
+        layers.append(FusedLayer(keys, values, n_prompt, 0, window, shape.latent))
     return FusedCache(layers)
 
 

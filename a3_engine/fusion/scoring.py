@@ -13,6 +13,7 @@ from a3_engine.fusion.attention_sums import AttentionSums, Pool
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fusion_pass import FusionPass
 from a3_engine.model.hooks import run_pass
+from a3_engine.model.latent import expanded
 from a3_engine.model.masks import Observer, RowMask
 
 
@@ -80,7 +81,7 @@ def question_alone(
     def observe(
         layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
-        loaded = cache.layers[layer].stored()[0].clone()
+        loaded = expanded(decoder.layers[layer], *cache.layers[layer].stored())[0].clone()
         positions = rows.key_positions
         assert positions is not None
         loaded.index_copy_(2, send(positions, key.device), key)

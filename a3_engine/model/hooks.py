@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from a3_engine.devices import send
 from a3_engine.model.attention import install
 from a3_engine.model.cache_argument import cache_in, with_cache
+from a3_engine.model.latent import expand_each, is_latent
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -81,4 +82,6 @@ def install_hooks(model: PreTrainedModel) -> None:
     install(model)
     layers._a3_hooks_installed = True  # type: ignore[assignment]
     for index, layer in enumerate(layers):
+        if is_latent(layer):
+            expand_each(layer)
         layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)

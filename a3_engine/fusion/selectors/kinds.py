@@ -148,6 +148,11 @@ class SparseSelector(Selector):
                 f"{self.name} leaves tokens out, and the model's sliding windows count them. "
                 "Choose another method for this model."
             )
+        if any(layer.shape.latent for layer in run.cache.layers):
+            raise ValueError(
+                f"{self.name} compares keys, and the model keeps latents of them. Choose another "
+                "method for this model."
+            )
         kept = self._kept(run)
         cache = run.cache.subset(kept, run.room)
         fusion = self._start(run, cache)
