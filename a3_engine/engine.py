@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +41,7 @@ from a3_engine.model.loading import (
     load_model,
     transformers_model,
 )
+from a3_engine.options import METHOD_OPTIONS, MethodOptions, RequestOptions
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
@@ -49,7 +50,6 @@ from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 
-METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
 PromptLike = str | Sequence[Message] | Prompt
@@ -91,7 +91,7 @@ class A3Engine:
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
-        How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
+        How chunks are stored: ``"raw"``, ``"int8"``, ``"int4"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
     """
@@ -384,28 +384,15 @@ class A3Engine:
             )
         return planner.plan(messages)
 
-    def stream(
-        self,
-        request: PromptLike,
-        *,
-        chunks: Sequence[str | Chunk] = (),
-        quality: str | None = None,
-        selector: str | Selector | None = None,
-        ratio: float | None = None,
-        compression: str | Compression | None = None,
-        keep: float | None = None,
-        **sampling: Any,
-    ) -> TokenStream:
+    def stream(self, request: PromptLike, **options: Unpack[RequestOptions]) -> TokenStream:
         """Answer piece by piece; closing the stream stops the computation.
 
         Parameters
         ----------
-        request, chunks
+        request
             See :meth:`plan`.
-        quality, selector, ratio, compression, keep
-            Override the engine's method for this request.
-        **sampling
-            Fields of :class:`~a3_engine.decoding.sampling.Sampling`.
+        **options
+            See :class:`~a3_engine.options.RequestOptions`.
 
         Raises
         ------
@@ -414,30 +401,21 @@ class A3Engine:
         ValueError
             The request is empty or a setting is out of range.
         """
-        return TokenStream(
-            self._work(
-                request,
-                chunks=chunks,
-                quality=quality,
-                selector=selector,
-                ratio=ratio,
-                compression=compression,
-                keep=keep,
-                **sampling,
-            )
-        )
+        return TokenStream(self._work(request, **options))
 
-    def generate(self, request: PromptLike, **options: Any) -> Answer:
+    def generate(self, request: PromptLike, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer; the options are those of :meth:`stream`."""
         pieces: list[str] = []
         report = self._work(request, **options)(pieces.append, lambda: False)
         return Answer("".join(pieces), report)
 
-    async def astream(self, request: PromptLike, **options: Any) -> AsyncTokenStream:
+    async def astream(
+        self, request: PromptLike, **options: Unpack[RequestOptions]
+    ) -> AsyncTokenStream:
         """:meth:`stream` for an event loop."""
         return AsyncTokenStream(lambda emit, gone: self._work(request, **options)(emit, gone))
 
-    async def agenerate(self, request: PromptLike, **options: Any) -> Answer:
+    async def agenerate(self, request: PromptLike, **options: Unpack[RequestOptions]) -> Answer:
         """:meth:`generate` for an event loop; cancelling it stops the computation."""
         stream = await self.astream(request, **options)
         pieces = [piece async for piece in stream]
@@ -450,7 +428,7 @@ class A3Engine:
         *,
         chunks: Sequence[str | Chunk] = (),
         room: int = 0,
-        **method: Any,
+        **method: Unpack[MethodOptions],
     ) -> tuple[Prompt, FusedCache]:
         """Load a prompt's chunks into a cache, for one's own forward pass.
 
@@ -484,6 +462,15 @@ class A3Engine:
     def explain(self, response: object) -> Explanation:
         """Show which tokens were computed; see :func:`a3_engine.explain.explain`."""
         return explain(response, self.runtime.tokenizer, list(self.runtime.reports))
+
+    @property
+    def last_report(self) -> FusionReport | None:
+        """The report of the request that finished last, in whatever thread; None before any.
+
+        With several threads take the one that came with your own answer.
+        """
+        reports = self.runtime.reports if self._runtime is not None else None
+        return reports[-1] if reports else None
 
     # How
 

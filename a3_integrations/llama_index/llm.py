@@ -36,37 +36,12 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import PromptLike
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
 from a3_engine.shared import shared_engine
 from a3_integrations.llama_index.responses import chat_response, completion_response, to_engine
 
 # Names that callers of other LLMs use for our settings.
 ALIASES = {"max_tokens": "max_new_tokens"}
-OF_ENGINE = (
-    "cache_dir",
-    "device",
-    "dtype",
-    "trust_remote_code",
-    "encode_prefix",
-    "stand_in",
-    "size_limit",
-    "codec",
-)
-PER_CALL = (
-    "quality",
-    "selector",
-    "ratio",
-    "compression",
-    "keep",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "stop",
-    "logprobs",
-    "top_logprobs",
-    "seed",
-)
 
 
 # The report of what finished last in this thread or task, for who called the LLM from it.
@@ -117,7 +92,7 @@ class A3LLM(LLM):
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
+        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
     )
     max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
@@ -143,7 +118,9 @@ class A3LLM(LLM):
                 f"{', '.join(type(self).model_fields)}."
             )
         # None is not given, as in other LLMs.
-        fields = {n: value for n, value in fields.items() if value is not None or n not in PER_CALL}
+        fields = {
+            n: value for n, value in fields.items() if value is not None or n not in CALL_FIELDS
+        }
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
         # What is unknown fails here.
@@ -151,7 +128,7 @@ class A3LLM(LLM):
         if fields.get("compression") is not None:
             make_compression(fields["compression"], fields.get("keep"))
         if engine is not None:
-            decided = {name for name in OF_ENGINE if name in fields}
+            decided = {name for name in ENGINE_FIELDS if name in fields}
             if decided or model not in (None, engine.name):
                 names = ", ".join(sorted(decided | ({"model"} if model else set())))
                 raise ValueError(
@@ -161,7 +138,7 @@ class A3LLM(LLM):
             model = engine.name
         super().__init__(model=model or DEMO_MODEL, **fields)
         self._engine = engine or shared_engine(
-            **{name: getattr(self, name) for name in ("model", *OF_ENGINE)}
+            **{name: getattr(self, name) for name in ("model", *ENGINE_FIELDS)}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -276,13 +253,13 @@ class A3LLM(LLM):
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
-        if unknown := set(given) - set(PER_CALL):
+        if unknown := set(given) - set(CALL_FIELDS):
             raise TypeError(
                 f"A3LLM takes no {', '.join(sorted(unknown))} for a call; "
-                f"it takes {', '.join(PER_CALL)}."
+                f"it takes {', '.join(CALL_FIELDS)}."
             )
         given = {name: value for name, value in given.items() if value is not None}
-        options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
+        options = with_call({name: getattr(self, name) for name in CALL_FIELDS}, given)
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None
         stop = options["stop"] or ()
@@ -323,7 +300,7 @@ class A3LLM(LLM):
 
 
 def _from_settings(kind: type[A3LLM], engine: A3Engine, settings: dict[str, Any]) -> A3LLM:
-    of_engine = {name: settings.pop(name) for name in ("model", *OF_ENGINE)}
+    of_engine = {name: settings.pop(name) for name in ("model", *ENGINE_FIELDS)}
     llm = kind(engine=engine, **settings)
     for name, value in of_engine.items():
         setattr(llm, name, value)

@@ -259,3 +259,18 @@ def test_a_tag_given_later_evicts_too(tiny_engine):
     assert engine.evict("first") == 0
     assert engine.evict("second") == 1
     assert engine.generate(f"{LAMP} {ASK}", max_new_tokens=2).report.cached_tokens == 0
+
+
+def test_the_engine_has_its_last_report(tiny_engine):
+    engine = tiny_engine()
+    assert engine.last_report is None
+    for question in (ASK, "Who rows there?"):
+        answer = engine.generate(question, chunks=[LAMP], max_new_tokens=2)
+        assert engine.last_report is answer.report
+
+
+def test_the_former_name_of_prepare_warns(tiny_engine):
+    engine = tiny_engine()
+    with pytest.warns(DeprecationWarning, match="prepare"):
+        prompt, cache = engine.fuse(ASK, chunks=[LAMP])
+    assert cache.layers[0].n_prompt == prompt.n_tokens
