@@ -37,12 +37,13 @@ def said(block: Mapping[str, Any]) -> str | Chunk:
     source = block.get("source")
     if isinstance(source, Mapping) and source.get("type") == "text":
         text = str(source.get("data", "")).strip()
-        return Chunk(text, block.get("id")) if text else ""
+        return Chunk(text, name_of(block)) if text else ""
     if kind == "search_result" and isinstance(block.get("content"), list):
-        return "\n".join(b["text"] for b in block["content"] if isinstance(b.get("text"), str))
+        inner = [part for part in block["content"] if isinstance(part, Mapping)]
+        return "\n".join(part["text"] for part in inner if isinstance(part.get("text"), str))
     if any(word in kind for word in SEEN_OR_HEARD) and not kind.startswith(OF_OTHERS):
         if text_of := _decoded(block):
-            return Chunk(text_of, block.get("id"))
+            return Chunk(text_of, name_of(block))
         raise ValueError(
             f"This model reads text; a {kind!r} block has none. Load its text and pass it as "
             '{"type": "text-plain", "mime_type": "text/plain", "text": ...}.'
@@ -51,6 +52,12 @@ def said(block: Mapping[str, Any]) -> str | Chunk:
 
 
 OF_OTHERS = ("server_tool", "web_search", "file_search", "image_generation", "code_", "mcp_")
+
+
+def name_of(block: Mapping[str, Any]) -> str | None:
+    """What a document's block is evicted by."""
+    name = block.get("id")
+    return name if isinstance(name, str) else None
 
 
 def _decoded(block: Mapping[str, Any]) -> str:

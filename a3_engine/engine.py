@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_engine.assembly import assemble, touch
 from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import AUTO, passages_of
@@ -40,18 +41,18 @@ from a3_engine.model.loading import (
     load_model,
     transformers_model,
 )
+from a3_engine.options import METHOD_OPTIONS, MethodOptions, RequestOptions
 from a3_engine.processes import Lock
 from a3_engine.prompt import Chunk, Message
 from a3_engine.report import FusionReport
-from a3_engine.request import answer, assemble, check_room, touch
+from a3_engine.request import Request, check_room
 from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
 
-METHOD_OPTIONS = ("quality", "selector", "ratio", "compression", "keep")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
-Request = str | Sequence[Message] | Prompt
+PromptLike = str | Sequence[Message] | Prompt
 
 
 class A3Engine:
@@ -90,7 +91,7 @@ class A3Engine:
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
-        How chunks are stored: ``"raw"``, ``"int8"``, ``"fp8"``, ``"int4"``; see docs/store.md.
+        How chunks are stored: ``"raw"``, ``"int8"``, ``"int4"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
     """
@@ -334,7 +335,7 @@ class A3Engine:
 
     # Answers
 
-    def plan(self, request: Request, chunks: Sequence[str | Chunk] = ()) -> Prompt:
+    def plan(self, request: PromptLike, chunks: Sequence[str | Chunk] = ()) -> Prompt:
         """The segments of a request.
 
         Parameters
@@ -383,28 +384,15 @@ class A3Engine:
             )
         return planner.plan(messages)
 
-    def stream(
-        self,
-        request: Request,
-        *,
-        chunks: Sequence[str | Chunk] = (),
-        quality: str | None = None,
-        selector: str | Selector | None = None,
-        ratio: float | None = None,
-        compression: str | Compression | None = None,
-        keep: float | None = None,
-        **sampling: Any,
-    ) -> TokenStream:
+    def stream(self, request: PromptLike, **options: Unpack[RequestOptions]) -> TokenStream:
         """Answer piece by piece; closing the stream stops the computation.
 
         Parameters
         ----------
-        request, chunks
+        request
             See :meth:`plan`.
-        quality, selector, ratio, compression, keep
-            Override the engine's method for this request.
-        **sampling
-            Fields of :class:`~a3_engine.decoding.sampling.Sampling`.
+        **options
+            See :class:`~a3_engine.options.RequestOptions`.
 
         Raises
         ------
@@ -413,30 +401,21 @@ class A3Engine:
         ValueError
             The request is empty or a setting is out of range.
         """
-        return TokenStream(
-            self._work(
-                request,
-                chunks=chunks,
-                quality=quality,
-                selector=selector,
-                ratio=ratio,
-                compression=compression,
-                keep=keep,
-                **sampling,
-            )
-        )
+        return TokenStream(self._work(request, **options))
 
-    def generate(self, request: Request, **options: Any) -> Answer:
+    def generate(self, request: PromptLike, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer; the options are those of :meth:`stream`."""
         pieces: list[str] = []
         report = self._work(request, **options)(pieces.append, lambda: False)
         return Answer("".join(pieces), report)
 
-    async def astream(self, request: Request, **options: Any) -> AsyncTokenStream:
+    async def astream(
+        self, request: PromptLike, **options: Unpack[RequestOptions]
+    ) -> AsyncTokenStream:
         """:meth:`stream` for an event loop."""
         return AsyncTokenStream(lambda emit, gone: self._work(request, **options)(emit, gone))
 
-    async def agenerate(self, request: Request, **options: Any) -> Answer:
+    async def agenerate(self, request: PromptLike, **options: Unpack[RequestOptions]) -> Answer:
         """:meth:`generate` for an event loop; cancelling it stops the computation."""
         stream = await self.astream(request, **options)
         pieces = [piece async for piece in stream]
@@ -445,11 +424,11 @@ class A3Engine:
 
     def prepare(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         room: int = 0,
-        **method: Any,
+        **method: Unpack[MethodOptions],
     ) -> tuple[Prompt, FusedCache]:
         """Load a prompt's chunks into a cache, for one's own forward pass.
 
@@ -471,11 +450,11 @@ class A3Engine:
             Chunks of this model cannot be moved.
         """
         prompt, chosen = self.plan(request, chunks), self._method(**method)
-        cache = assemble(self.runtime, prompt, chosen, room, FusionReport())
+        cache = assemble(self.runtime, prompt, chosen, room, FusionReport()).cache
         touch(self.runtime, prompt, chosen.selector)
         return prompt, cache
 
-    def fuse(self, request: Request, **options: Any) -> tuple[Prompt, FusedCache]:
+    def fuse(self, request: PromptLike, **options: Any) -> tuple[Prompt, FusedCache]:
         """The former name of :meth:`prepare`."""
         warnings.warn("A3Engine.fuse is now prepare.", DeprecationWarning, stacklevel=2)
         return self.prepare(request, **options)
@@ -483,6 +462,15 @@ class A3Engine:
     def explain(self, response: object) -> Explanation:
         """Show which tokens were computed; see :func:`a3_engine.explain.explain`."""
         return explain(response, self.runtime.tokenizer, list(self.runtime.reports))
+
+    @property
+    def last_report(self) -> FusionReport | None:
+        """The report of the request that finished last, in whatever thread; None before any.
+
+        With several threads take the one that came with your own answer.
+        """
+        reports = self.runtime.reports if self._runtime is not None else None
+        return reports[-1] if reports else None
 
     # How
 
@@ -505,7 +493,7 @@ class A3Engine:
 
     def _work(
         self,
-        request: Request,
+        request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
         **options: Any,
@@ -525,10 +513,11 @@ class A3Engine:
         if settings.temperature > 0 and settings.seed is None:
             settings = replace(settings, seed=runtime.seeds.next(prompt.ids))
         check_room(prompt.n_tokens, settings.max_new_tokens, self.context_window)
+        checked = Request(runtime, prompt, method, settings, started, plan_s)
 
         def work(emit: Emit, abandoned: Callable[[], bool]) -> FusionReport:
             with undisturbed():
-                return answer(runtime, prompt, method, settings, started, plan_s, emit, abandoned)
+                return checked.answer(emit, abandoned)
 
         return work
 

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 from a3_engine.devices import input_device
 from a3_engine.errors import UnsupportedModelError, shortened
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fusion_pass import FusionPass, arguments, install_hooks
 from a3_engine.fusion.loading import allocate
 from a3_engine.fusion.selectors.a3 import A3
-from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.base import Run, Selector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import has_window
 from a3_engine.model.batch_cache import step
+from a3_engine.model.hooks import arguments, install_hooks
+from a3_engine.model.latent import is_latent
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
 
@@ -36,6 +37,8 @@ TESTED = frozenset(
         "arcee",
         "cohere",
         "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
         "dots1",
         "ernie4_5",
         "ernie4_5_moe",
@@ -50,6 +53,8 @@ TESTED = frozenset(
         "glm",
         "glm4",
         "glm4_moe",
+        "glm4_moe_lite",
+        "gpt_neox",
         "gpt_oss",
         "granite",
         "granite_swa",
@@ -63,6 +68,7 @@ TESTED = frozenset(
         "ministral",
         "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
         "nanochat",
         "nemotron",
@@ -82,6 +88,7 @@ TESTED = frozenset(
         "stablelm",
         "starcoder2",
         "vaultgemma",
+        "youtu",
     }
 )
 # Lengths of the two prompts that are tried. The longer one goes beyond a sliding window, where that
@@ -142,8 +149,6 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise UnsupportedModelError("it is an encoder-decoder model")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError("it compresses keys and values together (MLA)")
     others = set(getattr(config, "layer_types", None) or []) - {
         "full_attention",
         "sliding_attention",
@@ -154,8 +159,15 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedModelError("some of its weights are kept elsewhere (offloaded)")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if not layers or not all(hasattr(layer, "self_attn") for layer in layers):
+    if not layers or not all(
+        hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers
+    ):
         raise UnsupportedModelError("its layers are not the usual attention decoder layers")
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    if any(getattr(each, "indexer", None) is not None for each in attentions):
+        raise UnsupportedModelError("an indexer picks the keys that its attention sees")
+    if getattr(config, "kv_lora_rank", None) and not all(map(is_latent, layers)):
+        raise UnsupportedModelError("it keeps latents (MLA) in a way that the engine does not know")
     return decoder
 
 
@@ -177,8 +189,8 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
             )
     rotation = _turning(probe, rotation, torch.arange(SHORT))
     caches = [
-        _check_pass(probe, A3(ratio=0.3), SHORT),
-        _check_pass(probe, FullReuse(), long),
+        _check_pass(probe, rotation, A3(ratio=0.3), SHORT),
+        _check_pass(probe, rotation, FullReuse(), long),
     ]
     behind = []
     for at in range(STEPS):
@@ -242,7 +254,7 @@ def _turning(probe: Probe, rotation: Rotation, rows: torch.Tensor) -> Rotation:
     return fitted
 
 
-def _check_pass(probe: Probe, selector: Selector, n_tokens: int) -> FusedCache:
+def _check_pass(probe: Probe, rotation: Rotation, selector: Selector, n_tokens: int) -> FusedCache:
     """A pass around a chunk in the middle, whose stored states are those of the full prefill."""
     rows = _tail(n_tokens)
     chunk = Span(n_tokens // 3, int(rows[0]))
@@ -252,8 +264,8 @@ def _check_pass(probe: Probe, selector: Selector, n_tokens: int) -> FusedCache:
     cache = allocate(probe.model, n_tokens, n_tokens + ROOM)
     for ours, (keys, values) in zip(cache.layers, probe.reference.states, strict=True):
         ours.write(within, keys[:, :, within], values[:, :, within])
-    FusionPass(cache, layout, selector)
     ids = probe.ids[:, :n_tokens]
+    selector.prepare(Run(probe.model, rotation, cache, layout, ids[0].tolist()))
     logits = probe.model(**arguments(probe.model, ids, cache), logits_to_keep=len(rows)).logits
     probe.check(
         f"in {selector.name} at ratio {selector.ratio} around an exact chunk",

@@ -93,6 +93,6 @@ def _say_what_it_takes(runtime: Runtime, missing: list[Segment]) -> None:
 
 def _way_out(runtime: Runtime) -> str:
     stored = runtime.library.codec if runtime.library is not None else ""
-    smaller = {"raw": "int8 or int4", "int8": "int4", "fp8": "int4"}.get(stored)
+    smaller = {"raw": "int8 or int4", "int8": "int4"}.get(stored)
     codec = f", or store them as {smaller} by codec=" if smaller else ""
     return f"Raise size_limit{codec}."

@@ -41,11 +41,19 @@ class ChunkKV:
 
 
 class LayerShape(NamedTuple):
-    """What a layer keeps of each token: a key and a value for each of its heads."""
+    """What a layer keeps of each token: a key and a value for each of its heads.
+
+    ``latent`` says that it expands them to those of more heads; see :mod:`a3_engine.model.latent`.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
+    latent: bool = False
+
+    def ours(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values from what transformers calls so, and back."""
+        return (values, keys) if self.latent else (keys, values)
 
     @property
     def size(self) -> int:
@@ -83,7 +91,7 @@ class KVShape:
     def of_chunk(self, n_tokens: int) -> tuple[Shape, Shape]:
         """Shapes of a chunk's keys and values."""
         if self.alike:
-            heads, key_dim, value_dim = self.layers[0]
+            heads, key_dim, value_dim, _ = self.layers[0]
             rows = len(self.layers)
         else:
             heads, (key_dim, value_dim) = 1, self._piece

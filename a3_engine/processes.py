@@ -15,8 +15,8 @@ from types import TracebackType
 
 _in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
 _at_exit: list[Callable[[], None]] = []
-_waited_for: weakref.WeakSet[Lock] = weakref.WeakSet()
-_held: dict[int, list[Lock]] = {}  # by the thread that forks
+_waited_for: weakref.WeakSet[Lock | Entered] = weakref.WeakSet()
+_held: dict[int, list[Lock | Entered]] = {}  # by the thread that forks
 
 
 class Lock:
@@ -54,6 +54,57 @@ class Lock:
         traceback: TracebackType | None,
     ) -> None:
         self._lock.release()
+
+
+class Entered:
+    """Code with locks of its own that many threads may be in; a fork waits until all have left.
+
+    Parameters
+    ----------
+    leave : callable
+        Called before each fork, when nobody is in.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+        self.renew()
+        make_anew_in_child(self.renew)
+        _waited_for.add(self)
+
+    def renew(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._forking = 0, False
+        self._own = threading.local()
+
+    def __enter__(self) -> None:
+        depth = getattr(self._own, "depth", 0)
+        if depth == 0:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._forking)
+                self._inside += 1
+        self._own.depth = depth + 1
+
+    def __exit__(self, *_: object) -> None:
+        self._own.depth -= 1
+        if self._own.depth == 0:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def acquire(self) -> None:
+        """Let nobody in any more, and wait until all are out."""
+        mine = 1 if getattr(self._own, "depth", 0) else 0
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forking)
+            self._forking = True
+            self._changed.wait_for(lambda: self._inside == mine)
+        if not mine:
+            self._leave()
+
+    def release(self) -> None:
+        with self._changed:
+            self._forking = False
+            self._changed.notify_all()
 
 
 def make_anew_in_child(renew: Callable[[], None]) -> None:

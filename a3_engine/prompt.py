@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -323,9 +324,10 @@ class PromptPlanner:
             if tools or any(message.tool_calls for message in messages):
                 raise ValueError(f"The chat template refuses these tools: {error}") from error
             strict = _for_strict_templates(conversation)
-            if strict == conversation:
-                raise ValueError(f"The chat template refuses this conversation: {error}") from error
-            return self._cut(messages, self._render(strict, template=template))
+            with suppress(TemplateError, ValueError):
+                if strict != conversation:
+                    return self._cut(messages, self._render(strict, template=template))
+            raise ValueError(f"The chat template refuses this conversation: {error}") from error
 
     def _cut(self, messages: list[Message], text: str) -> list[Piece]:
         """Cut a rendered conversation at the marks that stand for its contents."""

@@ -26,7 +26,6 @@ from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
 from a3_engine.decoding.batching import BatchedDecoder
 from a3_engine.decoding.seeds import Seeds
 from a3_engine.errors import shortened
-from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.encoding import ChunkEncoder
 from a3_engine.fusion.prefix_cache import MAX_BYTES, PrefixCache
 from a3_engine.fusion.sparse import LocalQueries
@@ -96,7 +95,7 @@ class Runtime:
     def close(self) -> None:
         """Release file handles, kept turns and memory kept for caches."""
         self.prefix_cache.close()
-        BUFFERS.clear()
+        self.executor.buffers.clear()
         if self.library is not None:
             self.library.text_index.try_to_write()
         self.store.close()

@@ -17,8 +17,8 @@ from a3_engine.benchmark.rates import now
 from a3_engine.benchmark.requests import spread
 from a3_engine.engine import A3Engine
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fusion_pass import run_pass
 from a3_engine.model.batch_cache import step
+from a3_engine.model.hooks import run_pass
 from a3_engine.report import FusionReport
 from a3_engine.segments import Prompt
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from a3_engine.fusion.buffers import BUFFERS
+from a3_engine.model.executor import DeviceExecutor
 
 PROCESS = Path("/proc/self")
 
@@ -24,7 +24,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     resident set's peak can be reset on Linux only.
     """
     gc.collect()
-    BUFFERS.clear()
+    DeviceExecutor.on(torch.device("cpu")).buffers.clear()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

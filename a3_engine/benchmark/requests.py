@@ -14,7 +14,6 @@ import torch
 from a3_engine.benchmark.memory import peak_growth
 from a3_engine.benchmark.rates import copy_seconds, now
 from a3_engine.engine import A3Engine
-from a3_engine.fusion.selectors.full_prefill import FullPrefill
 from a3_engine.method import Method
 from a3_engine.report import FusionReport
 
@@ -103,7 +102,7 @@ def timed_request(
             compression=method.compression,
             max_new_tokens=answer_tokens,
         ).report
-    if not report.fused and not isinstance(method.selector, FullPrefill):
+    if not report.fused and method.selector.uses_chunks:
         raise ValueError(f"There is nothing to measure: {report.fallback_reason}.")
     # The model computes logits once a token of the answer, and for drafts before it.
     # The report's clock starts a moment after ours.

@@ -23,7 +23,6 @@ from a3_engine.benchmark.rates import (
 from a3_engine.benchmark.requests import PARTS, Timed, spread, take_turns
 from a3_engine.benchmark.roofline import Shape, work
 from a3_engine.engine import A3Engine
-from a3_engine.fusion.selectors.base import SparseSelector
 from a3_engine.method import Method
 
 Row = dict[str, Any]
@@ -139,7 +138,7 @@ def _load_to(timed: Sequence[Timed], copying: Callable[[Timed], float]) -> float
 
 def _roofline(engine: A3Engine, method: Method, timed: Sequence[Timed], rates: Rates) -> Row | None:
     """The pass beside its limit; a sparse method's rows do not stand where their positions say."""
-    if isinstance(method.selector, SparseSelector):
+    if method.selector.leaves_out:
         return None
     model, report = engine.runtime.model, timed[-1].report
     assert report.trace is not None

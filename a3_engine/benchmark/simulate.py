@@ -94,7 +94,7 @@ class Efficiency:
     repair_passes: float = 12.0
     host_cores: int = 8
     decode_gb_s: Mapping[str, float] = field(
-        default_factory=lambda: {"raw": inf, "int8": 0.40, "fp8": 0.25, "int4": 0.29}
+        default_factory=lambda: {"raw": inf, "int8": 0.40, "int4": 0.29}
     )
 
 

@@ -171,7 +171,7 @@ class ChunkLibrary:
             return Fetched(resident, True, header.nbytes, 0.0)
         if (stored := self.store.get(header)) is not None:
             return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
-        behind = self._kv_behind(segment)
+        behind = self._context_kv(segment)
         with self._flights.of(header.key):
             if (stored := self.store.get(header)) is not None:
                 return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
@@ -211,7 +211,7 @@ class ChunkLibrary:
         """
         together = [
             batch
-            for _, group in groupby(sorted(segments, key=self.behind), self.behind)
+            for _, group in groupby(sorted(segments, key=self.context_ids), self.context_ids)
             for batch in self._batches(list(group))
         ]
         with ThreadPoolExecutor(1, "a3-store") as writer:
@@ -229,7 +229,7 @@ class ChunkLibrary:
 
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
-        behind = self._kv_behind(batch[0])
+        behind = self._context_kv(batch[0])
         with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
             payloads = self._compute(missing, behind)[0] if missing else []
@@ -244,8 +244,8 @@ class ChunkLibrary:
 
         return writer.submit(land)
 
-    def behind(self, segment: Segment) -> tuple[int, ...]:
-        """Ids that a segment is computed behind; no stand-in where both would not fit."""
+    def context_ids(self, segment: Segment) -> tuple[int, ...]:
+        """Ids that a segment is computed after; no stand-in where both would not fit."""
         if segment.kind == "prefix":
             return ()
         fits = len(self._all_ids) + len(segment.ids) <= self._room
@@ -257,13 +257,13 @@ class ChunkLibrary:
         A chunk that opens a prompt has no other document before it, and its first tokens feel
         that most: with its head these are exact.
         """
-        if self.behind(chunk) == self.prefix_ids:
+        if self.context_ids(chunk) == self.prefix_ids:
             return None
         return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag)
 
-    def _kv_behind(self, segment: Segment) -> ChunkKV | None:
+    def _context_kv(self, segment: Segment) -> ChunkKV | None:
         """KV of what a segment is computed behind; stored as all else, so computed once."""
-        if not (ids := self.behind(segment)):
+        if not (ids := self.context_ids(segment)):
             return None
         before = Segment("prefix", ids)
         kv = self.fetch(before).kv
@@ -289,7 +289,7 @@ class ChunkLibrary:
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
-        behind = self.behind(segment)
+        behind = self.context_ids(segment)
         key = chunk_key(self._engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
         shape, values = self._shape.of_chunk(len(segment.ids))

@@ -58,7 +58,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     run.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
-    run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, fp8, int4")
+    run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, int4")
     run.add_argument(
         "--simulate",
         action="store_true",

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from a3_engine.decoding.active_request import ActiveRequest
 from a3_engine.decoding.graphs import GraphedSteps
 from a3_engine.devices import input_device
-from a3_engine.fusion.fusion_pass import arguments
 from a3_engine.model.executor import DeviceExecutor
+from a3_engine.model.hooks import arguments
 from a3_engine.processes import make_anew_in_child
 
 

@@ -14,8 +14,8 @@ from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fusion_pass import arguments
 from a3_engine.method import Method
+from a3_engine.model.hooks import arguments
 from a3_engine.segments import Prompt
 
 ANSWER_TOKENS = 12

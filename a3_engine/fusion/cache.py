@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from a3_engine.devices import send
 from a3_engine.kv import ChunkKV, KVShape, LayerShape
-from a3_engine.model.masks import Observer
+from a3_engine.model.hooks import Args, Kwargs, SteeringCache, unmade_mask
+from a3_engine.model.masks import Observer, RowMask
 from a3_engine.segments import Segment
 
 # Called with (layer's index, its cache, positions of the rows, their keys, their values) before the
@@ -39,9 +40,9 @@ class Steering(Protocol):
         cache: FusedCache,
         layer: nn.Module,
         index: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[Args, Kwargs]:
         """The arguments that the layer gets instead of these."""
         ...
 
@@ -59,6 +60,18 @@ class Compressor(Protocol):
 class FusedLayer(DynamicLayer):
     """Keys and values of one layer.
 
+    ========== ========== ===================================== ==============================
+    State      ``length`` what `update` does                    what led here
+    ========== ========== ===================================== ==============================
+    pending    0          writes ``rows``, then shows the       allocated; `FusedCache.rewind`
+                          prompt
+    rows set   0          the same                              the pass's ``before_layer``
+    completed  0          shows the prompt                      `complete`, where a pass needs
+                                                                no more of the last layer
+    whole      n_prompt   appends, as a `DynamicLayer` does     the first `update`
+    growing    beyond it  appends                               decoding
+    ========== ========== ===================================== ==============================
+
     Parameters
     ----------
     keys, values : torch.Tensor
@@ -71,6 +84,9 @@ class FusedLayer(DynamicLayer):
         positions as if they were there.
     is_sliding : bool
         Whether the layer attends within a sliding window; it holds all tokens all the same.
+    latent : bool
+        See :class:`~a3_engine.kv.LayerShape`. What transformers sees, ``keys`` and ``values``, is
+        then the other way round.
 
     Attributes
     ----------
@@ -85,8 +101,10 @@ class FusedLayer(DynamicLayer):
         n_prompt: int,
         n_evicted: int = 0,
         is_sliding: bool = False,
+        latent: bool = False,
     ) -> None:
         super().__init__()
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], latent)
         self.is_sliding = is_sliding  # transformers makes one mask for each kind of layer
         self._keys, self._values = keys, values
         self.n_prompt = n_prompt
@@ -105,7 +123,7 @@ class FusedLayer(DynamicLayer):
         return self.length == 0
 
     def _show(self) -> None:
-        self.keys, self.values = self._first(self.length)
+        self.keys, self.values = self.shape.ours(*self._first(self.length))
 
     def _first(self, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys.narrow(2, 0, n_slots), self._values.narrow(2, 0, n_slots)
@@ -140,6 +158,7 @@ class FusedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        key_states, value_states = self.shape.ours(key_states, value_states)
         if self.pending:
             self.complete(key_states, value_states)
             self.length = self.n_prompt
@@ -202,7 +221,7 @@ class FusedLayer(DynamicLayer):
             for buffer in (self._keys, self._values)
         )
         n_evicted = self.n_evicted + self.n_prompt - n_kept
-        layer = FusedLayer(keys, values, n_kept, n_evicted, self.is_sliding)
+        layer = FusedLayer(keys, values, n_kept, n_evicted, self.is_sliding, self.shape.latent)
         layer.length = 0 if self.pending else n_kept
         layer._show()
         return layer
@@ -218,7 +237,7 @@ class FusedLayer(DynamicLayer):
         self._show()
 
 
-class FusedCache(Cache):
+class FusedCache(SteeringCache):
     """The prompt's cache and the pass that completes it.
 
     Attributes
@@ -249,6 +268,36 @@ class FusedCache(Cache):
         self.compressor: Compressor | None = None
         self.on_device: list[tuple[Segment, ChunkKV]] = []
 
+    def before_layer(
+        self, layer: nn.Module, index: int, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        if index == 0:
+            self.passing = self.layers[0].pending
+        if self.fusion is not None and self.passing:
+            return self.fusion.before_layer(self, layer, index, args, kwargs)
+        if self.observer is not None and index < len(self.layers):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            slots = self.layers[index].length + torch.arange(hidden.shape[1])
+            return args, {**kwargs, "attention_mask": RowMask(slots, observer=self.observer)}
+        return None
+
+    def inputs(self, ids: torch.Tensor) -> Kwargs:
+        """All tokens; or those alone that a pass computes, where it knows them by now.
+
+        The others are not even embedded then.
+        """
+        computed = None
+        if self.fusion is not None and self.layers[0].pending:
+            computed = self.fusion.computed()
+        if computed is None:
+            return {"input_ids": ids}
+        rows = send(computed, ids.device)
+        return {
+            "input_ids": ids.index_select(1, rows),
+            "position_ids": rows[None],
+            "attention_mask": unmade_mask(ids.device),
+        }
+
     def gathered(self, slots: Sequence[torch.Tensor | None], room: int = 0) -> FusedCache:
         """A cache of its own with each layer's given slots of the prompt, or with all for None."""
         return FusedCache(
@@ -278,8 +327,7 @@ class FusedCache(Cache):
     @property
     def shape(self) -> KVShape:
         """Shapes of its layers."""
-        buffers = (layer.buffers for layer in self.layers)
-        return KVShape(tuple(LayerShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in buffers))
+        return KVShape(tuple(layer.shape for layer in self.layers))
 
     @property
     def prompt_nbytes(self) -> int:

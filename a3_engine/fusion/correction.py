@@ -41,7 +41,7 @@ class KVCorrection:
 
 
 class Corrector:
-    """One request's repair, applied as each layer's recomputed rows arrive.
+    """One request's correction, applied as each layer's recomputed rows arrive.
 
     Parameters
     ----------

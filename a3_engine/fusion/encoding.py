@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from a3_engine.fusion.fusion_pass import FusionPass, run_pass
+from a3_engine.fusion.fusion_pass import FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.layout import Layout
 from a3_engine.model.executor import DeviceExecutor
+from a3_engine.model.hooks import run_pass
 from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import Rotation, rotate_
 
@@ -120,7 +120,9 @@ def encode_chunks(
         load_chunks(cache, rotation, [(0, prefix)])
     own = torch.arange(behind, n_tokens)
     layout = Layout(n_tokens, (), behind, fresh=own, question=own, reused=behind)
-    FusionPass(cache, layout, FullReuse()).last_token_only = True
+    fusion = FusionPass(cache, layout)
+    fusion.recompute(own[:0])
+    fusion.last_token_only = True
     # The prefix's rows are cut off ahead of the first layer, so that any token does for them.
     rows = [[ids[0]] * behind + list(ids) for ids in chunks]
     run_pass(decoder, [ids + ids[-1:] * (n_tokens - len(ids)) for ids in rows], cache)

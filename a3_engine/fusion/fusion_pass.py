@@ -1,38 +1,30 @@
 """The fusion pass: the model's own forward, narrowed to the rows that are computed.
 
-`FusionPass` hooks in before every decoder layer. It slices the hidden states to the current rows,
-hands the layer their positions as an exact mask, and lets the layer's `update` of the cache write
-the rows' keys and values over the loaded ones. No model code is copied.
+`FusionPass` is asked before every decoder layer (`model/hooks.py`). It slices the hidden states to
+the current rows, hands the layer their positions as an exact mask, and lets the layer's `update` of
+the cache write the rows' keys and values over the loaded ones. No model code is copied.
 """
 
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from a3_engine.devices import send
+from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.cache import BeforeWrite, FusedCache, FusedLayer
 from a3_engine.fusion.layer_pruning import LayerPruning
-from a3_engine.fusion.selectors.base import (
-    BoundarySelector,
-    LayerSelector,
-    QuestionSelector,
-    Selector,
-    States,
-)
 from a3_engine.layout import Layout
-from a3_engine.model.attention import install, project
-from a3_engine.model.batch_cache import BatchCache
-from a3_engine.model.cache_argument import cache_in, with_cache
+from a3_engine.model.attention import capture
+from a3_engine.model.hooks import Args, Kwargs
+from a3_engine.model.latent import expanded
 from a3_engine.model.masks import LocalGlobal, Observer, RowMask
 
 # What a layer is called with that has a part for each row, beside its positional arguments.
@@ -40,7 +32,38 @@ SLICED = {"hidden_states", "per_layer_input", "position_embeddings"}
 
 
 class Abandoned(Exception):
-    """Nobody waits for this request any more; its computation stops."""
+    """Nobody waits for this request any more; its computation stops.
+
+    Raised in `FusionPass.before_layer`, deep inside the model's forward, which only an exception
+    leaves early; caught in `request.py`, which reports the request as abandoned.
+    """
+
+
+@dataclass(frozen=True)
+class States:
+    """One layer's rotated states of all prompt tokens.
+
+    ``query``: ``(1, heads, tokens, head_dim)``; ``key``, ``value``: ``(1, kv_heads, tokens,
+    head_dim)``. A stored counterpart has no query.
+    """
+
+    query: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class SelectAt(NamedTuple):
+    """A selection inside the pass: asked once, with this layer's computed and stored states."""
+
+    layer: int
+    select: Callable[[Layout, States, States], torch.Tensor]
+
+
+class Pruning(NamedTuple):
+    """For some layers the share of the selected tokens kept from there on; see `LayerPruning`."""
+
+    kept_per_layer: Mapping[int, float]
+    pool: Pool
 
 
 class FusionPass:
@@ -52,8 +75,6 @@ class FusionPass:
         Loaded, every layer pending.
     layout : Layout
         Where the prompt's parts stand.
-    selector : Selector
-        Picks the chunk tokens to recompute. At ratio 1.0 and 0.0 there is nothing to pick.
     abandoned : callable
         Asked before every layer; true stops the pass with :class:`Abandoned`.
     before_write : callable or None
@@ -73,8 +94,8 @@ class FusionPass:
     local_global : (int, LocalGlobal) or None
         From which layer on the rows see less than everything, and what; not in layers with a
         sliding window of their own.
-    lookahead : torch.Tensor or None
-        Queries of a drafted answer at the selecting layer, ``(1, heads, drafted, head_dim)``.
+    select_at : SelectAt or None
+        What selects inside the pass, where nothing is selected before it.
     last_token_only : bool
         Whether the forward's caller wants the last token's logits alone: the last layer then
         computes of the other rows what the cache keeps, their keys and values.
@@ -88,7 +109,6 @@ class FusionPass:
         self,
         cache: FusedCache,
         layout: Layout,
-        selector: Selector,
         abandoned: Callable[[], bool] = lambda: False,
         before_write: BeforeWrite | None = None,
         observer: Observer | None = None,
@@ -98,10 +118,9 @@ class FusionPass:
         self._sliding = [layer.is_sliding for layer in cache.layers]
         self._home = cache.layers[0].device
         self.layout = layout = layout.on(self._home)
-        self.selector = selector
         self.abandoned = abandoned
         self.observer = observer
-        self.lookahead: torch.Tensor | None = None
+        self.select_at: SelectAt | None = None
         self._before_write = before_write
         self.selected: torch.Tensor | None = None
         self.pruning: LayerPruning | None = None
@@ -115,47 +134,41 @@ class FusionPass:
             self._key_positions = self._everything = send(cache.positions, self._home)
         self.rows = self._everything
         self._given = self._everything  # the positions of what the forward was called with
-        self._masks: dict[
-            bool, RowMask
-        ] = {}  # of the current rows, by whether they see less than all
+        # Of the current rows, by whether they see less than all.
+        self._masks: dict[bool, RowMask] = {}
         # What the forward hands to every layer, cut to the current rows once.
         self._cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._started = time.perf_counter()
         cache.fusion = self
 
-        if isinstance(selector, LayerSelector) and not 0 <= selector.layer < len(cache.layers):
-            raise ValueError(
-                f"{selector.name} selects at layer {selector.layer}, but the model has layers 0 to "
-                f"{len(cache.layers) - 1}."
-            )
-        if selector.ratio >= 1.0:
-            self.take(layout.chunk_positions)
-        elif selector.ratio <= 0.0 or not layout.chunks:
-            self.take(torch.empty(0, dtype=torch.long))
-        elif isinstance(selector, BoundarySelector):
-            self.take(selector.select(layout))
-
-    def take(
-        self, selected: torch.Tensor, local_global: tuple[int, LocalGlobal] | None = None
+    def recompute(
+        self,
+        selected: torch.Tensor,
+        local_global: tuple[int, LocalGlobal] | None = None,
+        pruning: Pruning | None = None,
     ) -> None:
         """Recompute these chunk tokens, each given once, in any order.
 
-        From a layer on they may see less than everything before them.
+        From a layer on they may see less than everything before them, or become fewer.
         """
         self.local_global = local_global
-        # What is picked and what is fresh never meet, so that their number is known without asking
-        # the device.
+        # What is selected and what is fresh never meet, so that their number is known without
+        # asking the device.
         self.selected = send(selected, self._home).sort().values
-        self._go_on_with(
-            self._everything[self.layout.reused :]
-            if self.selector.ratio >= 1.0
-            else torch.cat([self.selected, self.layout.fresh]).sort().values
-        )
-        if isinstance(self.selector, QuestionSelector) and 0.0 < self.selector.ratio < 1.0:
-            kept_per_layer = self.selector.kept_per_layer(len(self._sliding))
+        self._go_on_with(torch.cat([self.selected, self.layout.fresh]).sort().values)
+        if pruning is not None:
             self.pruning = LayerPruning(
-                kept_per_layer, self._sliding, self.layout, self.selected, self.selector.pool
+                pruning.kept_per_layer, self._sliding, self.layout, self.selected, pruning.pool
             )
+        self._settled()
+
+    def recompute_all(self) -> None:
+        """Recompute every token that no earlier request left."""
+        self.selected = self.layout.chunk_positions
+        self._go_on_with(self._everything[self.layout.reused :])
+        self._settled()
+
+    def _settled(self) -> None:
         self.selected_at = time.perf_counter()
         self.select_seconds = self.selected_at - self._started
 
@@ -171,14 +184,8 @@ class FusionPass:
     @contextmanager
     def only_fresh(self, observer: Observer | None = None) -> Iterator[None]:
         """Meanwhile only the fresh tokens are computed, and an observer sees every attention."""
-        before = (
-            self.rows,
-            self.selected,
-            self.pruning,
-            self.local_global,
-            self._before_write,
-            self.observer,
-        )
+        saved = ("selected", "pruning", "local_global", "_before_write", "observer")
+        before, rows = {name: getattr(self, name) for name in saved}, self.rows
         self._go_on_with(self.layout.fresh)
         self.selected = self.layout.fresh[:0]
         self.pruning = self.local_global = self._before_write = None
@@ -186,14 +193,8 @@ class FusionPass:
         try:
             yield
         finally:
-            (
-                rows,
-                self.selected,
-                self.pruning,
-                self.local_global,
-                self._before_write,
-                self.observer,
-            ) = before
+            for name, value in before.items():
+                setattr(self, name, value)
             self._go_on_with(rows)
 
     def before_layer(
@@ -201,10 +202,10 @@ class FusionPass:
         cache: FusedCache,
         layer: nn.Module,
         index: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Narrow a layer's input to the rows that it computes; the layer's forward pre-hook."""
+        args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[Args, Kwargs]:
+        """Narrow a layer's input to the rows that it computes."""
         if self.abandoned():
             raise Abandoned
         if index == 0:
@@ -214,12 +215,8 @@ class FusionPass:
                 if n_given == self.layout.n_tokens
                 else self.rows
             )
-        if (
-            self.selected is None
-            and isinstance(self.selector, LayerSelector)
-            and index == self.selector.layer
-        ):
-            self._select_at(cache.layers[index], layer, args, kwargs)
+        if self.selected is None and self.select_at and index == self.select_at.layer:
+            self._select(self.select_at, cache.layers[index], layer, args, kwargs)
         if self.pruning is not None and self.pruning.prunes_at(index):
             before, left = self.rows, self.pruning.pick(index)
             self._go_on_with(torch.cat([left, self.layout.fresh]).sort().values)
@@ -235,17 +232,14 @@ class FusionPass:
         )
         args, kwargs = self._sliced(args, kwargs, self._given)
         if self.last_token_only and index == len(cache.layers) - 1 and self.observer is None:
-            _, key, value = project(layer, args, kwargs)
-            cached.complete(key, value)
+            cached.complete(*capture(layer, args, kwargs).kept)
             before = self.rows
             self._go_on_with(self.rows[-1:])
             mask = RowMask(self.rows, self._key_positions)
             args, kwargs = self._sliced(args, kwargs, before)
         return args, {**kwargs, "attention_mask": mask}
 
-    def _sharing(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _sharing(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The input of a layer that attends to the keys and values of one below.
 
         Its model may have cut it to the last tokens by itself.
@@ -273,9 +267,7 @@ class FusionPass:
         if self.pruning is not None:
             self.pruning.observe(layer, query, key, rows, scaling)
 
-    def _sliced(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: torch.Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _sliced(self, args: Args, kwargs: Kwargs, given: torch.Tensor) -> tuple[Args, Kwargs]:
         """The current rows of a layer's input, where it has those that are ``given``.
 
         Some of it may be narrow already.
@@ -303,90 +295,11 @@ class FusionPass:
             kwargs["position_ids"] = of(positions[..., None])[..., 0]
         return args, kwargs
 
-    def _select_at(
-        self,
-        cached: FusedLayer,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+    def _select(
+        self, at: SelectAt, cached: FusedLayer, layer: nn.Module, args: Args, kwargs: Kwargs
     ) -> None:
-        assert isinstance(self.selector, LayerSelector)
-        query, key, value = project(layer, args, kwargs)
-        stored_key, stored_value = cached.stored()
-        self.take(
-            self.selector.select(
-                self.layout,
-                States(query, key, value, self.lookahead),
-                States(None, stored_key, stored_value),
-            )
-        )
+        captured = capture(layer, args, kwargs)
+        stored = States(None, *expanded(layer, *cached.stored()))
+        self.recompute(at.select(self.layout, States(*captured.states), stored))
         # This layer's states were computed for every token: the fresh ones are the exact ones.
-        cached.write(self._everything, key, value)
-
-
-def arguments(module: nn.Module, ids: torch.Tensor, cache: FusedCache | Cache) -> dict[str, Any]:
-    """What a forward over prompts is called with: their tokens, or of those the ones computed.
-
-    Parameters
-    ----------
-    ids : torch.Tensor
-        Shape ``(prompts, tokens)``.
-    cache : Cache
-        Where it has a pass that knows its rows by now, the others are not even embedded.
-    """
-    given = {"input_ids": ids, **with_cache(module, cache)}
-    if not isinstance(cache, FusedCache) or cache.fusion is None or not cache.layers[0].pending:
-        return given
-    computed = cache.fusion.computed()
-    if computed is None:
-        return given
-    rows = send(computed, ids.device)
-    return {
-        **given,
-        "input_ids": ids.index_select(1, rows),
-        "position_ids": rows[None],
-        # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
-        "attention_mask": torch.empty(1, 1, 1, 1, device=ids.device),
-    }
-
-
-def run_pass(decoder: PreTrainedModel, ids: Sequence[Sequence[int]], cache: FusedCache) -> None:
-    """The decoder's forward over prompts, narrowed by their cache's pass, without logits."""
-    device = decoder.get_input_embeddings().weight.device
-    decoder(**arguments(decoder, send(torch.tensor(ids), device), cache))
-
-
-def install_hooks(model: PreTrainedModel) -> None:
-    """Let caches of ours steer a model's decoder layers; any other call passes untouched."""
-    layers = model.get_decoder().layers
-    owner = weakref.ref(model)  # the layers would hold their model, in a circle
-
-    def hook_for(index: int) -> Callable[..., Any]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache = cache_in(kwargs)
-            if index == 0 and isinstance(cache, (BatchCache, FusedCache)):
-                whole = owner()
-                assert whole is not None
-                install(whole)  # its attention may have been changed since
-            if isinstance(cache, BatchCache):
-                return args, {**kwargs, "attention_mask": cache.mask}
-            if not isinstance(cache, FusedCache):
-                return None
-            if index == 0:
-                cache.passing = cache.layers[0].pending
-            if cache.fusion is not None and cache.passing:
-                return cache.fusion.before_layer(cache, layer, index, args, kwargs)
-            if cache.observer is not None and index < len(cache.layers):
-                hidden = args[0] if args else kwargs["hidden_states"]
-                slots = cache.layers[index].length + torch.arange(hidden.shape[1])
-                return args, {**kwargs, "attention_mask": RowMask(slots, observer=cache.observer)}
-            return None
-
-        return hook
-
-    if getattr(layers, "_a3_hooks_installed", False):  # another engine shares the model
-        return
-    install(model)
-    layers._a3_hooks_installed = True  # type: ignore[assignment]
-    for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)
+        cached.write(self._everything, *captured.kept)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.arrival import load_by_kernel
-from a3_engine.fusion.buffers import BUFFERS
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.kv import ChunkKV
 from a3_engine.model.attention import has_window
+from a3_engine.model.executor import DeviceExecutor
 from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import loops
@@ -30,14 +30,14 @@ def allocate(
     ):
         device, slots = _device(layer), n_prompts * capacity
         if device.type == "cpu":
-            both = BUFFERS.take(slots * shape.size, dtype)
+            both = DeviceExecutor.on(device).buffers.take(slots * shape.size, dtype)
         else:
             both = torch.empty(slots * shape.size, dtype=dtype, device=device)
         sizes = [slots * shape.heads * dim for dim in (shape.key_dim, shape.value_dim)]
         keys, values = (
             part.view(n_prompts, shape.heads, capacity, -1) for part in torch.split(both, sizes)
         )
-        layers.append(FusedLayer(keys, values, n_prompt, is_sliding=window))
+        layers.append(FusedLayer(keys, values, n_prompt, 0, window, shape.latent))
     return FusedCache(layers)
 
 

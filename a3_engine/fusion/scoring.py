@@ -11,12 +11,18 @@ from transformers import PreTrainedModel
 from a3_engine.devices import send
 from a3_engine.fusion.attention_sums import AttentionSums, Pool
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fusion_pass import FusionPass, run_pass
+from a3_engine.fusion.fusion_pass import FusionPass
+from a3_engine.model.hooks import run_pass
+from a3_engine.model.latent import expanded
 from a3_engine.model.masks import Observer, RowMask
 
 
 class _Seen(Exception):
-    """Leaves the forward pass behind the last layer that is looked at."""
+    """Leaves the forward after the last layer that is looked at.
+
+    Raised by an observer, inside that layer's attention: nothing else ends a model's forward early.
+    Caught below, right around the forward.
+    """
 
 
 def _up_to(last: int, observer: Observer) -> Observer:
@@ -75,14 +81,14 @@ def question_alone(
     def observe(
         layer: int, query: torch.Tensor, key: torch.Tensor, rows: RowMask, scaling: float
     ) -> None:
-        loaded = cache.layers[layer].stored()[0].clone()
+        loaded = expanded(decoder.layers[layer], *cache.layers[layer].stored())[0].clone()
         positions = rows.key_positions
         assert positions is not None
         loaded.index_copy_(2, send(positions, key.device), key)
         sums.observe(layer, query, loaded, rows, scaling)
 
     without_chunks = cache.subset(layout.with_chunk_tokens(layout.chunk_positions[:0]))
-    alone = FusionPass(without_chunks, layout, fusion.selector)
+    alone = FusionPass(without_chunks, layout)
     with alone.only_fresh(_up_to(layers[-1], observe)), suppress(_Seen):
         run_pass(decoder, [ids], without_chunks)
     return sums.total()

@@ -1,4 +1,4 @@
-"""The queries that a `SparseSelector` compares, and the sparse cache that its choice makes."""
+"""The queries that a `SparseSelector` compares."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.fusion_pass import FusionPass, run_pass
+from a3_engine.fusion.fusion_pass import FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.selectors.base import SparseSelector
-from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
+from a3_engine.model.hooks import run_pass
 from a3_engine.model.masks import RowMask
 from a3_engine.model.rotary import Rotation, rotate_
 
@@ -36,7 +35,8 @@ class LocalQueries:
 
     def get(
         self,
-        selector: SparseSelector,
+        n_local: int,
+        layers: range,
         prefix: tuple[tuple[int, ...], ChunkKV | None],
         ids: tuple[int, ...],
         kv: ChunkKV,
@@ -45,15 +45,18 @@ class LocalQueries:
 
         Parameters
         ----------
+        n_local : int
+            Last tokens of the chunk whose queries count.
+        layers : range
+            The layers whose queries are wanted.
         prefix
             Ids and KV of what the chunk was computed behind.
         ids, kv
             The chunk's own.
         """
-        layers = selector.layers(len(self._model.get_decoder().layers))
-        key = (prefix[0], ids, selector.n_local, layers)
+        key = (prefix[0], ids, n_local, layers)
         if key not in self._known:
-            self._known[key] = self._compute(selector, layers, prefix, ids, kv)
+            self._known[key] = self._compute(n_local, layers, prefix, ids, kv)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -61,7 +64,7 @@ class LocalQueries:
 
     def _compute(
         self,
-        selector: SparseSelector,
+        n_local: int,
         layers: range,
         prefix: tuple[tuple[int, ...], ChunkKV | None],
         ids: tuple[int, ...],
@@ -69,7 +72,7 @@ class LocalQueries:
     ) -> torch.Tensor:
         prefix_ids, prefix_kv = prefix
         start, stop = len(prefix_ids), len(prefix_ids) + len(ids)
-        ends = torch.arange(max(start, stop - selector.n_local), stop)
+        ends = torch.arange(max(start, stop - n_local), stop)
         cache = allocate(self._model, stop, stop)
         loaded = [] if prefix_kv is None else [(0, prefix_kv)]
         load_chunks(cache, self._rotation, [*loaded, (start, kv)])
@@ -108,38 +111,7 @@ def mean_queries(
             rotate_(mine, cos, sin, inverse=True)
             means.append(mine.mean(1))
 
-    fusion = FusionPass(cache, layout, FullReuse())
+    fusion = FusionPass(cache, layout)
     with fusion.only_fresh(record):
         run_pass(decoder, [ids], cache)
     return torch.stack([mean.to(means[0].device) for mean in means])
-
-
-def sparse_positions(
-    model: PreTrainedModel,
-    rotation: Rotation,
-    cache: FusedCache,
-    layout: Layout,
-    selector: SparseSelector,
-    ids: Sequence[int],
-    local: torch.Tensor,
-) -> torch.Tensor:
-    """Sorted positions of the tokens that stay.
-
-    Parameters
-    ----------
-    cache : FusedCache
-        Loaded, every layer pending; it stays so.
-    local : torch.Tensor
-        The chunks' local queries without position, ``(chunks, layers, heads, head_dim)``.
-    """
-    layers = selector.layers(len(cache.layers))
-    background = cache.subset(layout.with_chunk_tokens(selector.background(layout)))
-    question = mean_queries(model.get_decoder(), rotation, background, layout, ids, layers)
-    last = rotation.tables(torch.tensor([layout.n_tokens - 1]))
-    keys = torch.stack([cache.layers[layer].stored()[0][0] for layer in layers])
-    question, local = question.clone(), local.transpose(0, 1).clone()
-    for mine, theirs, layer in zip(question, local, layers, strict=True):
-        cos, sin = (table.to(mine.device) for table in last[layer])
-        rotate_(mine[:, None], cos, sin)
-        rotate_(theirs[:, :, None], cos, sin)
-    return layout.with_chunk_tokens(selector.select(layout, question, local, keys).cpu())

@@ -26,7 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from a3_engine import native
 from a3_engine.devices import send
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.cache_argument import without_cache
+from a3_engine.model.cache_argument import other_cache
+from a3_engine.model.latent import Kept, is_latent
 from a3_engine.model.masks import Addressed, DecodeMask, RowMask, Scratch
 
 PREFIX = "a3_"
@@ -55,13 +56,24 @@ FUSED_KEYS = 3072  # up to so many, the fused kernel is the quickest for one tok
 
 
 class Captured(Exception):
-    """Carries a layer's query, key and value out of the attention function, before attention."""
+    """Carries a layer's query, key and value out of the attention function, before attention.
+
+    Attributes
+    ----------
+    states : (query, key, value)
+        After rotation, ``(prompts, heads or kv_heads, tokens, head_dim)``.
+    kept : (key, value)
+        What the layer keeps of them.
+    window : int or None
+        The sliding window that its attention is told of.
+    """
 
     def __init__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
     ) -> None:
         super().__init__("captured")
         self.states = (query, key, value)
+        self.kept = (key, value)
         self.window = window
 
 
@@ -338,27 +350,18 @@ def has_window(model: PreTrainedModel) -> list[bool]:
     return [bool(getattr(config, "sliding_window", None))] * config.num_hidden_layers
 
 
-def project(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value of a decoder layer after rotation, without running its attention.
+def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """What a decoder layer calls its attention function with, without running that.
 
     Leaving the layer by an exception from the attention function works for every architecture:
     norms before rotation, fused projections and partial rotation are the model's own code.
-
-    Returns
-    -------
-    query : ``(prompts, heads, tokens, head_dim)``
-    key, value : ``(prompts, kv_heads, tokens, head_dim)``
     """
-    return capture(layer, args, kwargs).states
-
-
-def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
-    """What a decoder layer calls its attention function with."""
+    kept = Kept() if is_latent(layer) else None
     try:
-        layer.forward(*args, **{**without_cache(kwargs), "attention_mask": Capture()})
+        layer.forward(*args, **{**other_cache(kwargs, kept), "attention_mask": Capture()})
     except Captured as captured:
+        if kept is not None and kept.states is not None:
+            captured.kept = kept.states
         return captured
     raise RuntimeError(
         f"{type(layer).__name__} did not call the registered attention function; "

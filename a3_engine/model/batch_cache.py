@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.hooks import Args, Kwargs, SteeringCache, arguments, unmade_mask
 from a3_engine.model.masks import DecodeMask
 
 
@@ -38,7 +38,7 @@ class BatchLayer:
         return [key for key, _ in pairs], [value for _, value in pairs]
 
 
-class BatchCache(Cache):
+class BatchCache(SteeringCache):
     """Caches of requests that are all past their first token.
 
     Parameters
@@ -56,6 +56,18 @@ class BatchCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(self.lengths)
 
+    def before_layer(
+        self, layer: nn.Module, index: int, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        return args, {**kwargs, "attention_mask": self.mask}
+
+    def inputs(self, ids: torch.Tensor) -> Kwargs:
+        return {
+            "input_ids": ids,
+            "position_ids": torch.tensor(self.lengths, device=ids.device)[:, None],
+            "attention_mask": unmade_mask(ids.device),
+        }
+
 
 def step(
     model: nn.Module, ids: Sequence[int], caches: Sequence[Cache], device: Any
@@ -71,13 +83,8 @@ def step(
     caches : sequence of Cache
         Theirs; each grows by its token.
     """
-    batch = BatchCache(caches)
+    tokens = torch.tensor(ids, device=device)[:, None]
     logits: torch.Tensor = model(
-        input_ids=torch.tensor(ids, device=device)[:, None],
-        position_ids=torch.tensor(batch.lengths, device=device)[:, None],
-        # transformers leaves a mask of four dimensions alone; the layers' hooks exchange it.
-        attention_mask=torch.empty(1, 1, 1, 1, device=device),
-        **with_cache(model, batch),
-        use_cache=True,
+        **arguments(model, tokens, BatchCache(caches)), use_cache=True
     ).logits
     return logits

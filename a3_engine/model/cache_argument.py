@@ -1,6 +1,7 @@
 """What a model calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
 
-The code of a model repository may have the older name with any transformers.
+The code of a model repository may have the older name with any transformers, and layers of
+GPT-NeoX have one of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import LlamaModel
 
-NAMES = ("cache", "past_key_values")
+NAMES = ("cache", "past_key_values", "layer_past")
 
 
 @lru_cache
@@ -30,9 +31,9 @@ def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
     return {_accepted(type(module).forward) or OURS: cache}
 
 
-def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments with no cache in them, under either name."""
-    return {name: None if name in NAMES else value for name, value in arguments.items()}
+def other_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """A call's keyword arguments with another cache, or None, in place of theirs."""
+    return {name: cache if name in NAMES else value for name, value in arguments.items()}
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from a3_engine.model.buffers import Buffers
 from a3_engine.processes import Lock, end_at_exit, make_anew_in_child
 
 Result = TypeVar("Result")
@@ -48,9 +49,15 @@ class DeviceExecutor:
     that computes on a CPU slows both (docs/performance.md). So a program that asks from its main
     thread alone computes there, and as soon as another thread asks, a thread of its own computes
     for all.
+
+    Attributes
+    ----------
+    buffers : Buffers
+        The device's memory that one prompt's cache leaves to the next one's.
     """
 
     def __init__(self) -> None:
+        self.buffers = Buffers()
         self._renew()
         make_anew_in_child(self._renew)
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from a3_engine.devices import input_device
 from a3_engine.kv import KVShape, LayerShape
 from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.latent import is_latent
 
 
 @torch.inference_mode()
@@ -18,12 +19,13 @@ def kv_shape(decoder: PreTrainedModel) -> KVShape:
         cache = DynamicCache()
         token = torch.zeros(1, 1, dtype=torch.long, device=input_device(decoder))
         decoder(input_ids=token, **with_cache(decoder, cache), use_cache=True)
-        known = KVShape(
-            tuple(
-                LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
-                for layer in cache.layers
-            )
-        )
+        shapes = []
+        for layer, kept in zip(decoder.layers, cache.layers, strict=False):
+            first, second = kept.keys, kept.values
+            if latent := is_latent(layer):
+                first, second = second, first
+            shapes.append(LayerShape(first.shape[1], first.shape[3], second.shape[3], latent))
+        known = KVShape(tuple(shapes))
         decoder.layers._a3_kv_shape = known  # type: ignore[union-attr, assignment]
     return known
 

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.attention import capture
 from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.kv_shape import kv_shape
 
 TEXT = """The lighthouse stands on the northern shore, and its lamp burns through the night. Every \
 evening the keeper climbs two hundred steps, fills the oil, trims the wick and writes the weather \
@@ -101,7 +102,12 @@ class Probe:
             **with_cache(self.model, cache),
             logits_to_keep=rows.to(ids.device),
         ).logits
-        return Outcome([(layer.keys, layer.values) for layer in cache.layers], log_probs(logits[0]))
+        shapes = kv_shape(self.model.get_decoder()).layers
+        states = [
+            shape.ours(layer.keys, layer.values)
+            for shape, layer in zip(shapes, cache.layers, strict=True)
+        ]
+        return Outcome(states, log_probs(logits[0]))
 
     def check(
         self, what: str, ours: Outcome, rows: torch.Tensor, other: Outcome | None = None

@@ -7,13 +7,13 @@ same chunk serves every prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
 
 from a3_engine import Chunk
-from a3_engine.blocks import said
+from a3_engine.blocks import name_of, said
 
 Part = str | Chunk
 
@@ -102,8 +102,8 @@ def _part(block: str | dict[str, Any]) -> tuple[Part, bool]:
     if isinstance(block, str):
         return block, False
     if block.get("type") == "text-plain" and isinstance(block.get("text"), str):
-        verbatim = (block.get("extras") or {}).get("verbatim", False)
-        text = block["text"].strip()
-        return (Chunk(text, block.get("id")) if text else ""), not verbatim
+        extras, text = block.get("extras"), block["text"].strip()
+        verbatim = isinstance(extras, Mapping) and extras.get("verbatim", False)
+        return (Chunk(text, name_of(block)) if text else ""), not verbatim
     part = said(block)
     return part, isinstance(part, Chunk)

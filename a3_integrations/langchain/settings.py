@@ -18,38 +18,14 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
 from a3_engine.report import TokenLogprob
 from a3_engine.shared import is_shared, shared_engine
 from a3_integrations.langchain.documents import chunk_of
 
 # What decides about model and store; the other settings are the request's.
-OF_ENGINE = (
-    "model",
-    "cache_dir",
-    "device",
-    "dtype",
-    "trust_remote_code",
-    "encode_prefix",
-    "stand_in",
-    "size_limit",
-    "codec",
-)
-PER_CALL = (
-    "quality",
-    "selector",
-    "ratio",
-    "compression",
-    "keep",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "stop",
-    "logprobs",
-    "top_logprobs",
-    "seed",
-)
+OF_ENGINE = ("model", *ENGINE_FIELDS)
+PER_CALL = tuple("max_tokens" if name == "max_new_tokens" else name for name in CALL_FIELDS)
 ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
 # Settings of hosted models that chains and tests pass to any model; they say nothing here.
 HOSTED = {"api_key", "base_url", "max_retries", "timeout", "stream_usage"}
@@ -103,7 +79,7 @@ class A3Settings(BaseModel):
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
+        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
     )
     quality: str | None = Field(
         default=None, description="fast, balanced or exact, in place of selector and ratio."
@@ -200,6 +176,11 @@ class A3Settings(BaseModel):
     ) -> Precomputed:
         """:meth:`precompute` for an event loop."""
         return await run_in_executor(None, self.precompute, documents, progress=progress)
+
+    @property
+    def last_report(self) -> FusionReport | None:
+        """The report of the engine's last request; each response has its own in its metadata."""
+        return self.engine.last_report
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids by the model's own tokenizer; control tokens are only characters."""

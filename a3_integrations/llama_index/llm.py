@@ -34,10 +34,11 @@ from a3_engine import A3Engine, FusionReport
 from a3_engine.chunks.codecs import DEFAULT_CODEC
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
-from a3_engine.engine import Request
+from a3_engine.engine import PromptLike
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.messages import ToolCall
 from a3_engine.model.gguf import DEMO_MODEL
+from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
 from a3_engine.shared import shared_engine
 from a3_engine.tools import MARKS, Tool, grammar
 from a3_integrations.llama_index.responses import (
@@ -49,32 +50,6 @@ from a3_integrations.llama_index.tools import Answer, CallsTools
 
 # Names that callers of other LLMs use for our settings.
 ALIASES = {"max_tokens": "max_new_tokens"}
-OF_ENGINE = (
-    "cache_dir",
-    "device",
-    "dtype",
-    "trust_remote_code",
-    "encode_prefix",
-    "stand_in",
-    "size_limit",
-    "codec",
-)
-PER_CALL = (
-    "quality",
-    "selector",
-    "ratio",
-    "compression",
-    "keep",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "stop",
-    "logprobs",
-    "top_logprobs",
-    "seed",
-)
 
 
 # The report of what finished last in this thread or task, for who called the LLM from it.
@@ -84,7 +59,7 @@ finished: ContextVar[FusionReport | None] = ContextVar("finished", default=None)
 class Question(NamedTuple):
     """A prompt, the engine's options for it, and what reads its answer."""
 
-    prompt: Request
+    prompt: PromptLike
     options: dict[str, Any]
     answer: Answer
 
@@ -142,7 +117,7 @@ class A3LLM(CallsTools):
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8, fp8 or int4."
+        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
     )
     max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
@@ -168,7 +143,9 @@ class A3LLM(CallsTools):
                 f"{', '.join(type(self).model_fields)}."
             )
         # None is not given, as in other LLMs.
-        fields = {n: value for n, value in fields.items() if value is not None or n not in PER_CALL}
+        fields = {
+            n: value for n, value in fields.items() if value is not None or n not in CALL_FIELDS
+        }
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
         # What is unknown fails here.
@@ -176,7 +153,7 @@ class A3LLM(CallsTools):
         if fields.get("compression") is not None:
             make_compression(fields["compression"], fields.get("keep"))
         if engine is not None:
-            decided = {name for name in OF_ENGINE if name in fields}
+            decided = {name for name in ENGINE_FIELDS if name in fields}
             if decided or model not in (None, engine.name):
                 names = ", ".join(sorted(decided | ({"model"} if model else set())))
                 raise ValueError(
@@ -186,7 +163,7 @@ class A3LLM(CallsTools):
             model = engine.name
         super().__init__(model=model or DEMO_MODEL, **fields)
         self._engine = engine or shared_engine(
-            **{name: getattr(self, name) for name in ("model", *OF_ENGINE)}
+            **{name: getattr(self, name) for name in ("model", *ENGINE_FIELDS)}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -297,7 +274,7 @@ class A3LLM(CallsTools):
 
     def _from_messages(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
-    ) -> Request:
+    ) -> PromptLike:
         if self._by_template:
             # An empty conversation, too, is the template's to show.
             return self._engine.runtime.planner.plan(
@@ -321,13 +298,13 @@ class A3LLM(CallsTools):
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
-        if unknown := set(given) - set(PER_CALL):
+        if unknown := set(given) - set(CALL_FIELDS):
             raise TypeError(
                 f"A3LLM takes no {', '.join(sorted(unknown))} for a call; "
-                f"it takes {', '.join(PER_CALL)}."
+                f"it takes {', '.join(CALL_FIELDS)}."
             )
         given = {name: value for name, value in given.items() if value is not None}
-        options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
+        options = with_call({name: getattr(self, name) for name in CALL_FIELDS}, given)
         n_top = options.pop("top_logprobs")
         options["logprobs"] = n_top if options["logprobs"] else None
         stop = options["stop"] or ()
@@ -381,7 +358,7 @@ class A3LLM(CallsTools):
 
 
 def _from_settings(kind: type[A3LLM], engine: A3Engine, settings: dict[str, Any]) -> A3LLM:
-    of_engine = {name: settings.pop(name) for name in ("model", *OF_ENGINE)}
+    of_engine = {name: settings.pop(name) for name in ("model", *ENGINE_FIELDS)}
     llm = kind(engine=engine, **settings)
     for name, value in of_engine.items():
         setattr(llm, name, value)

@@ -38,7 +38,7 @@ def to_conversation(messages: Iterable[ChatMessage]) -> list[Message]:
 def to_engine(message: ChatMessage) -> Message:
     """The same message for the engine; `ValueError` where a part of it is no text."""
     parts: list[str | Chunk] = []
-    calls = _calls(message.additional_kwargs.get("tool_calls") or ())
+    calls = _calls(message.additional_kwargs.get("tool_calls"))
     own_calls = []
     for block in message.blocks:
         if isinstance(block, ToolCallBlock):
@@ -77,16 +77,19 @@ def _said(block: Any) -> str | Chunk:
     return ""  # thinking, marks
 
 
-def _calls(given: Iterable[Any]) -> list[ToolCall]:
+def _calls(given: Any) -> list[ToolCall]:
     """Calls as memories keep them: OpenAI's, as objects or as plain values."""
     calls = []
-    for item in given:
-        call = item if isinstance(item, Mapping) else getattr(item, "__dict__", {})
-        function = call.get("function", call)
-        function = function if isinstance(function, Mapping) else function.__dict__
+    for item in given if isinstance(given, list | tuple) else ():
+        call = _fields(item)
+        function = _fields(call.get("function", call))
         if isinstance(name := function.get("name"), str):
             calls.append(_call(name, function.get("arguments"), call.get("id")))
     return calls
+
+
+def _fields(given: Any) -> Mapping[str, Any]:
+    return given if isinstance(given, Mapping) else getattr(given, "__dict__", {})
 
 
 def _call(name: str, arguments: Any, call_id: Any) -> ToolCall:

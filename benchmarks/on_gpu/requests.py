@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from a3_engine import A3Engine
 from a3_engine.chunks.store import StoreOptions
-from a3_engine.fusion.fusion_pass import run_pass
 from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.hooks import run_pass
 from a3_engine.segments import Prompt
 
 from .common import (

@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from a3_engine.fusion.buffers import ALIGNMENT, Buffers
+from a3_engine.model.buffers import ALIGNMENT, Buffers
 
 
 def test_what_is_given_back_is_lent_again():
@@ -95,7 +95,7 @@ def test_memory_may_come_back_in_the_middle_of_anything():
 def test_a_finished_request_leaves_its_memory_at_once(tiny_engine, monkeypatch):
     """Without waiting for Python's collector: nothing holds the cache in a circle."""
     buffers, engine = Buffers(), tiny_engine("llama")
-    monkeypatch.setattr("a3_engine.fusion.loading.BUFFERS", buffers)
+    monkeypatch.setattr(engine.runtime.executor, "buffers", buffers)
     chunks = ["The lamp burns through the night.", "The keeper is called Ada."]
     for selector in ("mend", "a3", "full_reuse"):
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from a3_engine import Chunk, request
+from a3_engine import Chunk, assembly
 from a3_engine.chunks.resident import Resident
 from a3_engine.kv import ChunkKV
 
@@ -65,7 +65,7 @@ def test_an_evicted_chunk_is_not_resident(tiny_engine):
 
 def fails(monkeypatch, times: int) -> list[int]:
     """The next loadings run out of memory."""
-    left, real = [times], request.load_chunks
+    left, real = [times], assembly.load_chunks
 
     def load(*args):
         if left[0]:
@@ -73,7 +73,7 @@ def fails(monkeypatch, times: int) -> list[int]:
             raise torch.OutOfMemoryError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(request, "load_chunks", load)
+    monkeypatch.setattr(assembly, "load_chunks", load)
     return left
 
 

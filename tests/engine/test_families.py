@@ -8,24 +8,34 @@ import pytest
 import torch
 
 from a3_engine import A3Engine, gate, native
+from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
-from tests.engine.test_exactness import build_prompt, full_prefill, fused_logits
+from a3_engine.segments import Segment
+from tests.engine.test_exactness import (
+    build_prompt,
+    full_prefill,
+    fused_logits,
+    independent_full_reuse,
+)
+from tests.engine.test_turns import extended, follow_up_logits
 from tests.survey.looking import build, look
 from tests.tiny import tiny_tokenizer
 
 # Those of the survey whose types count as tested; test_exactness.py has the others.
+LATENT = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "youtu"]
 FAMILIES = [
     *("ministral", "ministral3", "olmo3", "seed_oss", "apertus", "arcee", "starcoder2", "stablelm"),
-    *("nemotron", "phi", "gemma", "vaultgemma", "gemma3n_text", "gemma4_text, alike"),
+    *("nemotron", "gpt_neox", "phi", "gemma", "vaultgemma", "gemma3n_text", "gemma4_text, alike"),
     *("gemma4_text, as 31B", "gemma4_text, as 26B-A4B", "gemma4_text, as E4B"),
     *("gemma4_unified_text", "gemma4, as E4B", "laguna", "mimo_v2_flash"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "minimax_m2"),
     *("dots1", "phimoe", "gpt_oss", "granitemoe_swa", "glm", "glm4", "cohere", "ernie4_5"),
     *("ernie4_5_moe", "helium", "nanochat", "exaone4", "exaone_moe", "afmoe"),
     *("qwen2_5_vl", "gemma3", "mistral3, ministral3"),
+    *LATENT,
 ]
-SEVERAL_SHAPES = ["gemma4_text, as 31B", "gemma4_text, as E4B", "mimo_v2_flash"]
+SEVERAL_SHAPES = ["gemma4_text, as 31B", "gemma4_text, as E4B", "mimo_v2_flash", "deepseek_v3"]
 MIX = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
 
 
@@ -53,7 +63,7 @@ def test_a_family_is_exact(name):
     assert state == "exact", why
 
 
-@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("codec", ["int8", "int4"])
 @pytest.mark.parametrize("name", SEVERAL_SHAPES)
 def test_layers_of_several_shapes_go_through_a_codec(make, name, codec):
     """What is read back answers as what was computed, and is the raw chunk up to the codec."""
@@ -80,6 +90,36 @@ def test_requests_of_one_batch_decode_alike(make, name):
             lambda p: engine.generate(p, ratio=1.0, max_new_tokens=8).text, prompts
         )
         assert list(together) == alone
+
+
+@pytest.mark.parametrize("name", ["gemma4_text, as E4B", "deepseek_v3"])
+@pytest.mark.parametrize("selector", ["full_prefill", "mend"])
+def test_a_kept_turn_goes_on_exactly(make, name, selector):
+    engine, method = make(name), make_selector(selector, 1.0)
+    prompt = build_prompt(engine, MIX)
+    engine.generate(prompt, selector=method, max_new_tokens=6)
+    prompt = extended(engine, prompt, [Segment("fresh", (7, 8, 9))])
+    kept = follow_up_logits(engine, prompt, method, reuse=True)
+    expected = full_prefill(engine, prompt).logits[0, -1]
+    torch.testing.assert_close(kept, expected, atol=1e-3, rtol=0)
+
+
+def test_every_method_looks_through_latents(make):
+    """But those that compare stored keys or cut them head by head say that they cannot."""
+    engine = make("deepseek_v3")
+    prompt = build_prompt(engine, ["prefix", 40, "fresh", 30, "fresh"])
+    whole = full_prefill(engine, prompt).logits[0, -1]
+    reuse = independent_full_reuse(engine, engine.runtime.model, prompt).logits[0, -1]
+    for selector in SELECTORS.keys() - {"full_prefill"}:
+        for ratio, expected in ((1.0, whole), (0.0, reuse)):
+            got = fused_logits(engine, prompt, selector, ratio)
+            torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+        if selector != "samkv":
+            engine.generate(prompt, selector=selector, ratio=0.3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="latents"):
+        engine.generate(prompt, selector="samkv", ratio=0.3)
+    with pytest.raises(ValueError, match="latent"):
+        engine.generate(prompt, compression="snapkv")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

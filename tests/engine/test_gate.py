@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from a3_engine import A3Engine, Precomputed, gate
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.cache_argument import cache_in, without_cache
+from a3_engine.model.cache_argument import cache_in, other_cache
 from tests.tiny import DERIVED, SHAPE, rope, tiny_model
 
 LAMP = "The lamp of the lighthouse burns through the night."
@@ -37,7 +37,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {**GPT, "vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}),
     "bloom": ("Bloom", {**SMALL, "n_layer": 2, "n_head": 4}),
     "opt": ("OPT", {**SMALL, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}),
-    "deepseek-v3": ("DeepseekV3", {**DERIVED, **EXPERTS, **MLA, "n_routed_experts": 4}),
+    "deepseek-v3.2": ("DeepseekV32", {**DERIVED, **EXPERTS, **MLA, "n_routed_experts": 4}),
     "mamba": ("Mamba", {**SMALL, "num_hidden_layers": 2, "state_size": 8}),
     "qwen3-next": ("Qwen3Next", {**SHAPE, **EXPERTS, **LINEAR, "num_experts": 4}),
     "llama-dynamic": ("Llama", {**SHAPE, "rope_parameters": rope(rope_type="dynamic", factor=2.0)}),
@@ -60,7 +60,7 @@ REFUSED = {
     "gpt2": "layers",
     "bloom": "layers",
     "opt": "no rotary",
-    "deepseek-v3": "MLA",
+    "deepseek-v3.2": "indexed_attention",
     "mamba": "linear_attention",
     "qwen3-next": "linear_attention",
     "llama-dynamic": "dynamic",
@@ -166,7 +166,7 @@ def forget_the_cache(model: nn.Module) -> None:
     """One layer keeps nothing for later."""
     attention = model.model.layers[2].self_attn
     ordinary = attention.forward
-    attention.forward = lambda *args, **kwargs: ordinary(*args, **without_cache(kwargs))
+    attention.forward = lambda *args, **kwargs: ordinary(*args, **other_cache(kwargs, None))
 
 
 def attend_alone(model: nn.Module) -> None:

@@ -14,13 +14,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from a3_engine import native
 from a3_engine.fusion import arrival, correction
-from a3_engine.fusion.fusion_pass import install_hooks, run_pass
 from a3_engine.fusion.loading import allocate, load_chunks
-from a3_engine.fusion.selection import begin
 from a3_engine.fusion.selectors import SELECTORS
+from a3_engine.fusion.selectors.base import Run
 from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import install
+from a3_engine.model.hooks import install_hooks, run_pass
 from a3_engine.model.kv_shape import kv_shape
 from a3_engine.model.rotary import read_rotation
 from tests.tiny import tiny_model
@@ -97,9 +97,7 @@ def request(model, selector):
         table = torch.empty(128, len(rotation.inv_freq[0]), device=GPU)
         rotation._last[:] = [[(table, table)] * len(cache.layers)]
         load_chunks(cache, rotation, chunks)
-        cache = begin(
-            model, rotation, cache, where, selector, range(TOKENS), local_queries=None, room=8
-        )
+        cache = selector.prepare(Run(model, rotation, cache, where, range(TOKENS), room=8)).cache
         cache.fusion.last_token_only = True
         run_pass(decoder, [range(TOKENS)], cache)
     return cache

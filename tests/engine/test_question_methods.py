@@ -11,8 +11,8 @@ import torch
 from a3_engine import A3Engine
 from a3_engine.fusion.cache import FusedLayer
 from a3_engine.fusion.correction import Corrector, KVCorrection
+from a3_engine.fusion.fusion_pass import States
 from a3_engine.fusion.selectors import make_selector
-from a3_engine.fusion.selectors.base import States
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
 from a3_engine.layout import Layout, Span

@@ -74,17 +74,6 @@ def test_a_report_adds_up_and_a_second_request_only_hits(tiny_engine):
     assert {chunk.text for chunk in reports[1].chunks} == {LAMP, SHORE}
 
 
-def test_a_drafted_answer_is_part_of_selecting(tiny_engine):
-    """And of nothing else: the pass behind it has taken time."""
-    report = (
-        tiny_engine()
-        .generate(ASK, chunks=[LAMP, SHORE], selector="a3_lookahead", ratio=0.2, max_new_tokens=2)
-        .report
-    )
-    assert min(report.select_s, report.recompute_s) > 0
-    assert report.ttft_s >= report.load_s + report.encode_s + report.select_s + report.recompute_s
-
-
 def test_a_report_can_be_read(tiny_engine):
     """The counts stand in its text and among its plain values."""
     answer = tiny_engine().generate(ASK, chunks=[LAMP], selector="a3", ratio=0.3, max_new_tokens=6)
@@ -270,3 +259,18 @@ def test_a_tag_given_later_evicts_too(tiny_engine):
     assert engine.evict("first") == 0
     assert engine.evict("second") == 1
     assert engine.generate(f"{LAMP} {ASK}", max_new_tokens=2).report.cached_tokens == 0
+
+
+def test_the_engine_has_its_last_report(tiny_engine):
+    engine = tiny_engine()
+    assert engine.last_report is None
+    for question in (ASK, "Who rows there?"):
+        answer = engine.generate(question, chunks=[LAMP], max_new_tokens=2)
+        assert engine.last_report is answer.report
+
+
+def test_the_former_name_of_prepare_warns(tiny_engine):
+    engine = tiny_engine()
+    with pytest.warns(DeprecationWarning, match="prepare"):
+        prompt, cache = engine.fuse(ASK, chunks=[LAMP])
+    assert cache.layers[0].n_prompt == prompt.n_tokens

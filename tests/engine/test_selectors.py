@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from a3_engine import A3Engine, Prompt
+from a3_engine.fusion.fusion_pass import States
 from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.fusion.selectors.a3 import A3
-from a3_engine.fusion.selectors.base import States
 from a3_engine.layout import Layout, Span
 from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Segment

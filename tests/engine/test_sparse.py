@@ -1,9 +1,6 @@
-"""SamKV, FusionRAG and lookahead queries against naive second implementations."""
+"""SamKV and FusionRAG against naive second implementations."""
 
 from __future__ import annotations
-
-import math
-from functools import partial
 
 import pytest
 import torch
@@ -11,12 +8,11 @@ from transformers import DynamicCache
 
 from a3_engine import A3Engine
 from a3_engine.fusion.selectors import make_selector
-from a3_engine.fusion.selectors.a3 import A3Lookahead
 from a3_engine.fusion.selectors.samkv import SamKV
 from a3_engine.model.attention import has_window
-from a3_engine.model.cache_argument import OURS, with_cache
+from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt
-from tests.engine.test_exactness import build_prompt, independent_full_reuse
+from tests.engine.test_exactness import build_prompt
 from tests.engine.test_selectors import PARAGRAPHS, QUESTION, turned
 from tests.tiny import CONFIGS, tiny_model
 
@@ -246,58 +242,3 @@ def test_fusion_rag_asks_with_a_question_that_saw_no_chunk(tiny_engine):
     expected = sorted(sorted(chunk_tokens, key=lambda p: -sums[p])[:budget])
     _, cache = engine.prepare(prompt, selector=make_selector("fusion_rag", 0.3))
     assert cache.fusion.selected.tolist() == expected
-
-
-def test_lookahead_joins_the_question(tiny_engine):
-    """Draft by transformers' own cache of full reuse; queries of layer 1; A³'s score with both."""
-    engine = tiny_engine("llama")
-    engine.runtime.model.generation_config.eos_token_id = None
-    prompt = build_prompt(engine, SHAPE)
-    n, q = prompt.n_tokens, len(prompt.segments[-1].ids)
-    model, count = tiny_model("llama"), 5
-    reused = independent_full_reuse(engine, model, prompt)
-    past, token = getattr(reused, OURS), int(reused.logits[0, -1].argmax())
-    drafted = []
-    for step in range(count):
-        place = torch.tensor([[200 + n + step]])
-        arguments = {
-            "input_ids": torch.tensor([[token]]),
-            "position_ids": place,
-            **with_cache(model, past),
-        }
-        outputs = []
-        run = partial(lambda a, o: o.append(model(**a)), arguments, outputs)
-        drafted.append(unrotated_queries(model, run, 1)[1][:, 0])
-        token = int(outputs[0].logits[0, -1].argmax())
-
-    layer = model.model.layers[1]
-    with torch.inference_mode():
-        hidden = model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[1][0]
-        normed = layer.input_layernorm(hidden)
-        asked = layer.self_attn.q_proj(normed).view(n, 8, 16)
-        keys = layer.self_attn.k_proj(normed).view(n, 2, 16)
-    p = spans(prompt)[0][0]
-    rows = [(asked[i], i) for i in range(n - q, n)]
-    rows += [(query, n + step) for step, query in enumerate(drafted)]
-    sums = [0.0] * n
-    for query, position in rows:
-        logits = []
-        for j in range(p, min(position + 1, n)):
-            total = sum(
-                float(turned(query[h], position, THETA) @ turned(keys[j, h // 4], j, THETA))
-                for h in range(8)
-            )
-            logits.append(total / math.sqrt(8 * 16))
-        for j, weight in enumerate(torch.softmax(torch.tensor(logits), 0).tolist()):
-            sums[p + j] += weight
-    for j in range(n - q, n):
-        sums[j] = 0.0
-    candidates = [j for a, b in spans(prompt) for j in range(a, b)]
-    budget = int((n - q) * 0.3)
-    expected = sorted(sorted(candidates, key=lambda j: -sums[j])[:budget])
-    logits, cache = fused(engine, prompt, A3Lookahead(0.3, lookahead=count, pool=1))
-    assert cache.fusion.selected.tolist() == expected
-    assert cache.layers[0].length == n
-    plain, _ = fused(engine, prompt, make_selector("a3", 1.0))
-    everything, _ = fused(engine, prompt, A3Lookahead(0.999, lookahead=count))
-    assert (plain - everything).abs().max() < (plain - logits).abs().max()

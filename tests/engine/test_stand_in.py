@@ -169,8 +169,8 @@ def test_a_chunk_too_long_for_both_is_computed_without(tiny_engine, architecture
     planner, library = engine.runtime.planner, engine.runtime.library
     left = room - len(planner.prefix_ids) - len(planner.stand_in_ids)
     fits, longer = (Segment("chunk", tuple([7] * n)) for n in (left, left + 1))
-    assert library.behind(fits) == planner.prefix_ids + behind(engine, STAND_IN)
-    assert library.behind(longer) == planner.prefix_ids
+    assert library.context_ids(fits) == planner.prefix_ids + behind(engine, STAND_IN)
+    assert library.context_ids(longer) == planner.prefix_ids
     assert library.header(fits).stand_in == library.stand_in
     assert library.header(longer) == off.runtime.library.header(longer)
     assert list(library.store_all([longer, fits])) == [None, None]
@@ -204,10 +204,10 @@ def test_sparse_methods_look_from_behind_it_too(tiny_engine, monkeypatch):
     asked: list[tuple[int, ...]] = []
     real = local.get
 
-    def recording(selector, prefix, ids, kv):
+    def recording(n_local, layers, prefix, ids, kv):
         asked.append(prefix[0])
         assert prefix[1].n_tokens == len(prefix[0])
-        return real(selector, prefix, ids, kv)
+        return real(n_local, layers, prefix, ids, kv)
 
     monkeypatch.setattr(local, "get", recording)
     prompt = engine.plan("Who keeps the lamp?", TEXTS)

@@ -52,8 +52,8 @@ def follow_up_logits(engine: A3Engine, prompt: Prompt, selector, *, reuse: bool)
     turn, reused = engine.runtime.prefix_cache.find(prompt.ids, selector) if reuse else (None, 0)
     assert (reused > 0) == reuse
     cache = assemble(
-        engine.runtime, prompt, Method(selector), 0, FusionReport(), turn=turn, reused=reused
-    )
+        engine.runtime, prompt, Method(selector), 0, FusionReport(), prefix=turn, reused=reused
+    ).cache
     with torch.inference_mode():
         ids = torch.tensor([prompt.ids])
         return engine.runtime.model(

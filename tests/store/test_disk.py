@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,5 +190,41 @@ def test_what_was_reported_survives_a_kill(tmp_path):
     assert [seed for seed in reported if not holds(store, seed, 400)] == []
     store.verify()
     assert all(holds(store, seed, 400) for seed in reported)
+    assert store.verify() == []
+    store.close()
+
+
+def test_a_fork_finds_nobody_in_sqlite(tmp_path):
+    """Whose locks a child would inherit, held by threads that it has not."""
+    store = DiskStore(tmp_path / "chunks")
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        seed = number
+        while not stop.is_set():
+            store.put(payload(seed))
+            assert holds(store, seed)
+            store.touch([header(seed).key])
+            seed += 10
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(25):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                try:
+                    store.put(payload(10_000 + number))
+                    os._exit(0 if holds(store, 10_000 + number) else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert all(holds(store, 10_000 + number) for number in range(25))
     assert store.verify() == []
     store.close()

@@ -15,6 +15,7 @@ from a3_engine.chunks.archive import import_chunks
 from a3_engine.chunks.payload import Payload
 from a3_engine.chunks.tiers import open_store
 from a3_engine.chunks.tiers.disk import DiskStore
+from a3_engine.chunks.tiers.redis import RedisBlobs
 from a3_engine.chunks.tiers.remote import RemoteTier
 from a3_engine.cli import main
 from tests.store.stored import chunk, header, holds, payload
@@ -113,6 +114,30 @@ def test_no_more_is_read_from_redis_than_a_chunk_can_have(tmp_path):
         tracemalloc.start()
         assert not holds(store, 1)
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [(b"$99999999999\r\n", b"x"), (b"*1000000000\r\n", b":1\r\n"), (b":", b"1"), (b"-ERR ", b"x")],
+)
+@pytest.mark.usefixtures("socket_enabled")
+def test_a_redis_that_floods_is_left(start, more):
+    """Whatever it claims to send: reading ends, also behind the call's deadline."""
+    from tests.store.servers import peer
+
+    def serve(connection) -> None:
+        connection.recv(4096)
+        connection.sendall(start)
+        while True:
+            connection.sendall(more * 4096)
+
+    with peer(serve) as port:
+        blobs = RedisBlobs(f"redis://127.0.0.1:{port}/0", 60.0)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="more than any answer"):
+            blobs.read("0" * 64, 2000)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
         tracemalloc.stop()
 
 

@@ -406,7 +406,10 @@ CONFIGURATIONS: dict[str, dict[str, tuple[str, Values]]] = {
         ),
         "glm4v": (
             "glm4v",
-            seeing({**DERIVED, "rope_parameters": SECTIONED}, {**DEEP, "image_size": 28}),
+            seeing(
+                {**DERIVED, "rope_parameters": {**HALF, "mrope_section": [1, 1, 0]}},
+                {**DEEP, "image_size": 28},
+            ),
         ),
         "phi4_multimodal": (
             "phi4_multimodal",

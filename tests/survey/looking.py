@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     first, second = (whole, text) if "text_config" in values else (text, whole)
     kinds: Any = getattr(transformers, first.get(kind) or second[kind])
     torch.manual_seed(0)
-    model = strengthened(kinds._from_config(CONFIG_MAPPING[kind](**values), dtype=dtype))
+    model = strengthened(kinds._from_config(CONFIG_MAPPING[kind](**deepcopy(values)), dtype=dtype))
     with torch.no_grad():  # so that norms, biases and corrections of routers matter
         for weight in model.parameters():
             if weight.dim() == 1:

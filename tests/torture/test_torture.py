@@ -16,6 +16,7 @@ from tests.torture.crash import crash
 from tests.torture.crowd import crowd
 from tests.torture.endurance import endure
 from tests.torture.fuzz import fuzz_payloads, fuzz_store
+from tests.torture.hour import hour
 
 DURATION = float(os.environ.get("DURATION", "600"))
 pytestmark = pytest.mark.torture
@@ -53,6 +54,10 @@ def test_crowd(tmp_path, say):
 
 def test_endurance(tmp_path, until, say):
     say("endurance", endure(tmp_path, 10_000, until))
+
+
+def test_the_hour(tmp_path, say):
+    say("hour", hour(tmp_path, DURATION, print))
 
 
 def test_the_index_locked_for_half_a_minute(tmp_path: Path, say):

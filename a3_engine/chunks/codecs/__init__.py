@@ -8,12 +8,11 @@ channel and values token by token, as KIVI does (Liu et al. 2024, arXiv:2402.027
 from __future__ import annotations
 
 from a3_engine.chunks.codecs.base import Codec
-from a3_engine.chunks.codecs.fp8 import Fp8
 from a3_engine.chunks.codecs.int4 import Int4
 from a3_engine.chunks.codecs.int8 import Int8
 from a3_engine.chunks.codecs.raw import Raw
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Int8(), Fp8(), Int4())}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Int8(), Int4())}
 DEFAULT_CODEC = Raw.name
 
 

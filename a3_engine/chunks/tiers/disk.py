@@ -337,7 +337,7 @@ class DiskStore:
         self._database = Database(path, self._lock_timeout, readonly=readonly)
         if not readonly and not shares_memory(path.parent):
             # No log, which needs shared memory; readers wait for writers then.
-            self._database.connection.execute("PRAGMA journal_mode = DELETE")
+            self._database.execute("PRAGMA journal_mode = DELETE")
         self._index = Index(self._database, self._disk)
 
     def _make_index(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from a3_engine.chunks.patience import waiting
 from a3_engine.errors import StoreError
-from a3_engine.processes import Lock
+from a3_engine.processes import Lock, make_anew_in_child
 
 try:
     import fcntl
@@ -125,6 +125,8 @@ class TurnLock:
     def __init__(self, path: Path, timeout: float) -> None:
         self._path, self._timeout = path, timeout
         self._threads = Lock()  # a process sends one of its threads into the crowd
+        self._handles: set[int] = set()
+        make_anew_in_child(self._let_go)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -154,6 +156,12 @@ class TurnLock:
             if free:
                 self._threads.release()
 
+    def _let_go(self) -> None:
+        """A child would hold what a thread of its parent held, for as long as it lives."""
+        for handle in self._handles:
+            os.close(handle)
+        self._handles = set()
+
     @staticmethod
     def _taken(handle: int) -> bool:
         try:
@@ -167,11 +175,15 @@ class TurnLock:
         flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
         try:
             handle = os.open(self._path, flags, 0o600)
-        except PermissionError:  # another user's, in a folder of ours
-            self._path.unlink()
+        except (PermissionError, IsADirectoryError):  # another user's, or no file at all
+            remove(self._path)
             handle = os.open(self._path, flags, 0o600)
+        self._handles.add(handle)
         try:
             give_to_owner(self._path.parent, self._path)
             yield handle
         finally:
+            self._handles.discard(handle)
+            if fcntl is not None:  # also for a child that was forked before the handle was noted
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)

@@ -91,16 +91,12 @@ class Index:
     def __init__(self, database: Database, disk: SafeDisk) -> None:
         self._database, self._disk = database, disk
 
-    @property
-    def _db(self) -> sqlite3.Connection:
-        return self._database.connection
-
     def sound(self) -> bool:
         """Whether it has the form in which this version makes it, and numbers that can be."""
-        (sealed,) = self._db.execute("PRAGMA user_version").fetchone()
+        (sealed,) = self._database.execute("PRAGMA user_version").fetchone()
         if sealed != self._form():
             return False
-        (counted,) = self._db.execute(COUNTED).fetchone()
+        (counted,) = self._database.execute(COUNTED).fetchone()
         return bool(counted)
 
     def _form(self) -> int:
@@ -109,33 +105,33 @@ class Index:
             "SELECT type, name, tbl_name, sql FROM sqlite_master "
             "WHERE name NOT LIKE 'sqlite_stat%' ORDER BY type, name"
         )
-        defined = self._db.execute(query).fetchall()
+        defined = self._database.execute(query).fetchall()
         return zlib.crc32(f"{SCHEMA} {defined}".encode()) >> 1  # a signed number of 32 bits
 
     def make_tables(self) -> None:
         """The tables beside diskcache's own."""
-        self._db.executescript(SCHEMA)
+        self._database.executescript(SCHEMA)
 
     def seal(self) -> None:
         """From now on it counts as an index; one that was left half made does not."""
-        self._db.execute(f"PRAGMA user_version = {self._form()}")
+        self._database.execute(f"PRAGMA user_version = {self._form()}")
 
     def tags(self) -> list[tuple[str, str]]:
         """Every key with a tag that it has."""
         query = f"SELECT key, tag FROM Tags WHERE {OURS_TAGGED} ORDER BY tag"
-        return [(key, tag) for key, tag in self._db.execute(query)]
+        return [(key, tag) for key, tag in self._database.execute(query)]
 
     # Entries
 
     def find(self, key: str) -> Any:
         """The name of an entry's file; None where there is no entry."""
         query = f"SELECT filename FROM Cache WHERE key = ? AND {OURS}"
-        (filename,) = self._db.execute(query, (key,)).fetchone() or (None,)
+        (filename,) = self._database.execute(query, (key,)).fetchone() or (None,)
         return filename
 
     def contains(self, key: str) -> bool:
         query = f"SELECT 1 FROM Cache WHERE key = ? AND {OURS}"
-        return self._db.execute(query, (key,)).fetchone() is not None
+        return self._database.execute(query, (key,)).fetchone() is not None
 
     def rows(self) -> Iterator[Row]:
         """All entries, the least recently used first."""
@@ -147,7 +143,7 @@ class Index:
         tags: dict[str, tuple[str, ...]] = {}
         for key, tag in self.tags():
             tags[key] = (*tags.get(key, ()), tag)
-        for row in self._db.execute(f"{query} ORDER BY access_time").fetchall():
+        for row in self._database.execute(f"{query} ORDER BY access_time").fetchall():
             key, filename, nbytes, stored, used = row
             yield Row(key, filename, nbytes or 0, stored or 0.0, used or 0.0, tags.get(key, ()))
 
@@ -171,21 +167,23 @@ class Index:
 
     def file_names(self) -> set[str]:
         """Names of the files that have a row."""
-        return {name for (name,) in self._db.execute(f"SELECT filename FROM Cache WHERE {OURS}")}
+        return {
+            name for (name,) in self._database.execute(f"SELECT filename FROM Cache WHERE {OURS}")
+        }
 
     def touch(self, keys: Sequence[str]) -> None:
         """Mark entries as the last used, unless somebody else keeps writing."""
         marks = [{"now": time.time(), "key": key} for key in keys]
         with contextlib.suppress(sqlite3.OperationalError):
             # A mark may be lost in a power cut.
-            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
             try:
                 with self._database.writing(MARK_S) as db:
                     db.executemany(
                         f"UPDATE Cache SET access_time = {LATER} WHERE key = :key AND {OURS}", marks
                     )
             finally:
-                self._db.execute("PRAGMA synchronous = FULL")
+                self._database.execute("PRAGMA synchronous = FULL")
 
     def remove(self, where: str, parameters: Sequence[Any]) -> set[str]:
         """Remove the entries of a condition, rows first; returns their keys."""
@@ -197,7 +195,7 @@ class Index:
                 raise
         # Removing a row takes room too. A row without a file is a miss.
         query = f"SELECT key, filename FROM Cache WHERE ({where})"
-        rows = self._db.execute(query, values).fetchall()
+        rows = self._database.execute(query, values).fetchall()
         keys = self._unlink(rows)
         self._delete(where, values)
         return keys
@@ -215,7 +213,7 @@ class Index:
             return set()
         oldest = []
         query = "SELECT rowid, max(CAST(size AS INTEGER), 0) FROM Cache ORDER BY access_time"
-        for rowid, nbytes in self._db.execute(query):
+        for rowid, nbytes in self._database.execute(query):
             oldest.append(rowid)
             excess -= nbytes
             if excess <= 0:
@@ -237,23 +235,23 @@ class Index:
                 )
 
     def count(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM Cache").fetchone()[0])
+        return int(self._database.execute("SELECT count(*) FROM Cache").fetchone()[0])
 
     def volume(self) -> int:
         """Bytes of the payloads and of the index itself."""
         query = "SELECT coalesce(sum(CAST(value AS INTEGER)), 0) FROM Settings WHERE key = 'size'"
-        (payloads,) = self._db.execute(query).fetchone()
-        (pages,) = self._db.execute("PRAGMA page_count").fetchone()
-        (page,) = self._db.execute("PRAGMA page_size").fetchone()
+        (payloads,) = self._database.execute(query).fetchone()
+        (pages,) = self._database.execute("PRAGMA page_count").fetchone()
+        (page,) = self._database.execute("PRAGMA page_size").fetchone()
         return payloads + pages * page
 
     def state(self) -> str:
         """Another one for every store, and whenever something was removed."""
-        return str(self._db.execute("SELECT store, id FROM Removals").fetchall())
+        return str(self._database.execute("SELECT store, id FROM Removals").fetchall())
 
     def problems(self) -> list[str]:
         """What sqlite itself finds wrong."""
-        found = [str(message) for (message,) in self._db.execute("PRAGMA integrity_check")]
+        found = [str(message) for (message,) in self._database.execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else [f"index: {message}" for message in found]
 
     # Tags and texts
@@ -268,7 +266,7 @@ class Index:
     def tagged(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that have a tag."""
         query = "SELECT 1 FROM Tags WHERE key = ?"
-        return {key for key in keys if self._db.execute(query, (key,)).fetchone()}
+        return {key for key in keys if self._database.execute(query, (key,)).fetchone()}
 
     def take_tag(self, tag: str) -> set[str]:
         """Forget a tag, and the texts of chunks that have no other; returns those chunks' keys."""
@@ -284,18 +282,18 @@ class Index:
     def wipe(self) -> None:
         """Leave nothing in the log of what was deleted, unless somebody reads there now."""
         with contextlib.suppress(sqlite3.Error):
-            self._db.execute("PRAGMA busy_timeout = 0")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._database.execute("PRAGMA busy_timeout = 0")
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def evictions(self) -> int:
         """Grows whenever texts are forgotten."""
         query = "SELECT coalesce(max(id), 0) FROM Evictions"
-        return int(self._db.execute(query).fetchone()[0])
+        return int(self._database.execute(query).fetchone()[0])
 
     def texts(self, engine: str, after: int) -> tuple[int, list[Known]]:
         """An engine's texts that came after a number, and the number of the last."""
-        (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM Texts").fetchone()
-        rows = self._db.execute(
+        (last,) = self._database.execute("SELECT coalesce(max(id), 0) FROM Texts").fetchone()
+        rows = self._database.execute(
             # The plus keeps sqlite from going through all of the engine's texts by their index.
             "SELECT sha256, chars, head, rolling FROM Texts "
             "WHERE id > ? AND id <= ? AND +engine = ?",
@@ -310,7 +308,7 @@ class Index:
             "WHERE typeof(engine) = 'text' AND typeof(key) = 'text' "
             "AND (?1 IS NULL OR key IN (SELECT key FROM Tags WHERE tag = ?1))"
         )
-        rows = self._db.execute(query, (tag,))
+        rows = self._database.execute(query, (tag,))
         return [[row[0], row[1], list(row[2:])] for row in rows if Known.read(row[2:]) is not None]
 
     def _noted(self, note: Note) -> bool:
@@ -318,14 +316,14 @@ class Index:
         known = "SELECT 1 FROM Texts WHERE engine = ? AND sha256 = ?"
         text, tag = note.about
         return (
-            tag is None or self._db.execute(tagged, (note.key, tag)).fetchone() is not None
+            tag is None or self._database.execute(tagged, (note.key, tag)).fetchone() is not None
         ) and (
             text is None
-            or self._db.execute(known, (note.engine, text.sha256)).fetchone() is not None
+            or self._database.execute(known, (note.engine, text.sha256)).fetchone() is not None
         )
 
     @staticmethod
-    def _note(db: sqlite3.Connection, notes: Iterable[Note]) -> None:
+    def _note(db: Database, notes: Iterable[Note]) -> None:
         for engine, key, (known, tag) in notes:
             if tag is not None:
                 db.execute("INSERT OR IGNORE INTO Tags VALUES (?, ?)", (key, tag))

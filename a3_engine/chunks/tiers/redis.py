@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 from a3_engine.chunks.urls import unnamed
@@ -17,6 +18,48 @@ from a3_engine.errors import StoreError
 
 KEY = re.compile(rb"[0-9a-f]{64}")
 MAX_GROUPS = 4096  # one a layer at most
+MOST_BESIDE = 2**20  # bytes of an answer beside a chunk's
+MOST_TAGGED = 2**26  # of a tag's keys
+
+_most: ContextVar[int] = ContextVar("a3_redis_most", default=MOST_BESIDE)
+
+
+class Bounded:
+    """A socket that reads no more than an answer can have, whatever length the server claims."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self._left = inner, MOST_BESIDE
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def sendall(self, *arguments: Any) -> None:
+        self._left = _most.get()
+        self._inner.sendall(*arguments)
+
+    def recv(self, *arguments: Any) -> bytes:
+        received: bytes = self._inner.recv(*arguments)
+        self._count(len(received))
+        return received
+
+    def recv_into(self, *arguments: Any) -> int:
+        received: int = self._inner.recv_into(*arguments)
+        self._count(received)
+        return received
+
+    def _count(self, received: int) -> None:
+        self._left -= received
+        if self._left < 0:
+            raise ValueError("it sends more than any answer can have")
+
+
+def _bounded(connection: type) -> type:
+    """The same kind of connection with such a socket."""
+
+    def connect(self: Any) -> Bounded:
+        return Bounded(connection._connect(self))  # type: ignore[attr-defined]
+
+    return type("Bounded", (connection,), {"_connect": connect})
 
 
 class RedisBlobs:
@@ -38,6 +81,8 @@ class RedisBlobs:
             )
         except ValueError as error:
             raise StoreError(f"The shared store cannot be opened: {unnamed(error, url)}") from error
+        pool = self._redis.connection_pool
+        pool.connection_class = _bounded(pool.connection_class)
 
     def read(self, key: str, most: int) -> list[bytes] | None:
         name = f"a3:kv:{key}"
@@ -50,6 +95,7 @@ class RedisBlobs:
                 pipeline.hstrlen(name, group)
             if sum(pipeline.execute()) > most:
                 raise ValueError(f"chunk {key[:12]} is larger than any such chunk")
+        _most.set(most + MOST_BESIDE)  # of this call's own thread
         found: list[bytes | None] = self._redis.hmget(name, groups)
         return None if None in found else [group for group in found if group is not None]
 
@@ -74,6 +120,7 @@ class RedisBlobs:
             pipeline.execute()
 
     def take(self, tag: str, also: set[str]) -> set[str]:
+        _most.set(MOST_TAGGED)
         with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.smembers(f"a3:tag:{tag}")
             pipeline.delete(f"a3:tag:{tag}")

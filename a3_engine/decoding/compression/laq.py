@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from a3_engine.decoding.compression.base import Compressor, best, full_attention_only
+from a3_engine.decoding.compression.lookahead import lookahead_queries
 from a3_engine.decoding.compression.snapkv import SnapKV
 from a3_engine.fusion.cache import FusedCache
-from a3_engine.fusion.lookahead import lookahead_queries
 from a3_engine.model.masks import RowMask
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from a3_engine.fusion.selectors.a3 import A3, A3Lookahead
+from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
@@ -21,7 +21,6 @@ SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector
     for selector in (
         A3,
-        A3Lookahead,
         CacheBlend,
         Epic,
         FullPrefill,

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.selectors.base import LayerSelector, States
+from a3_engine.fusion.fusion_pass import States
+from a3_engine.fusion.selectors.kinds import LayerSelector
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 
@@ -50,8 +51,6 @@ class A3(LayerSelector):
         group = heads // fresh.key.shape[1]
 
         query = fresh.query[0, :, question].transpose(0, 1)
-        if fresh.lookahead is not None:
-            query = torch.cat([query, fresh.lookahead[0].transpose(0, 1).to(device)])
         # Adding up the queries of a group gives the same sum over heads as repeating its key.
         query = query.reshape(len(query), -1, group, head_dim).sum(2).flatten(1)
         key = fresh.key[0, :, layout.prefix_tokens :].transpose(0, 1).flatten(1)
@@ -69,26 +68,3 @@ class A3(LayerSelector):
         )[0, 0]
         by_position = torch.nn.functional.pad(pooled, (layout.prefix_tokens, 0))
         return top_candidates(by_position, layout.chunk_positions, self.budget(layout))
-
-
-@dataclass(frozen=True)
-class A3Lookahead(A3):
-    """A³ with the queries of a drafted answer beside the question's.
-
-    After Lookahead Q-Cache (arXiv 2505.20334). The draft is made by full reuse, before the first
-    token: it costs a scoring pass and as many decoding steps as it has tokens.
-
-    Parameters
-    ----------
-    ratio, layer, pool
-        As for `A3`.
-    lookahead : int
-        Tokens of the answer that are drafted; 8 as in Lookahead Q-Cache.
-    """
-
-    name: ClassVar[str] = "a3_lookahead"
-    lookahead: int = 8
-
-    @property
-    def drafted(self) -> int:
-        return self.lookahead

@@ -1,41 +1,69 @@
 """What a selector is: a frozen dataclass that says which chunk tokens are recomputed.
 
-There are four kinds, by what they look at: the layout, one layer's states, the question's
-attention, or, block by block, what is kept at all. The engine runs the layers or the scoring pass
-that a kind needs, and asks once.
+It prepares its own pass: it runs what it looks at, asks its `select` once, and hands the result to
+the `FusionPass`. The four kinds, by what they look at, are in `kinds.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
+from transformers import PreTrainedModel
 
-from a3_engine.fusion.attention_sums import Pool
-from a3_engine.fusion.cache import BeforeWrite
+from a3_engine.fusion.cache import BeforeWrite, FusedCache
 from a3_engine.fusion.correction import Corrector, KVCorrection
+from a3_engine.fusion.fusion_pass import FusionPass
 from a3_engine.layout import Layout
-from a3_engine.model.masks import LocalGlobal
+from a3_engine.model.masks import Observer
 from a3_engine.model.rotary import Rotation
 
 
-@dataclass(frozen=True)
-class States:
-    """One layer's rotated states of all prompt tokens.
+def _no_local_queries(n_local: int, layers: range) -> torch.Tensor:
+    raise AssertionError("local queries were not asked for")
 
-    ``query``: ``(1, heads, tokens, head_dim)``; ``key``, ``value``: ``(1, kv_heads, tokens,
-    head_dim)``. A stored counterpart has no query. ``lookahead``: queries of a drafted answer,
-    ``(1, heads, drafted, head_dim)``, which stand behind the prompt.
+
+@dataclass(frozen=True)
+class Run:
+    """One request, as a selector prepares its pass.
+
+    Parameters
+    ----------
+    model, rotation
+        What computes, and how it turns keys.
+    cache : FusedCache
+        Loaded, every layer pending.
+    ids : sequence of int
+        The prompt.
+    room : int
+        Slots for the answer.
+    abandoned, observer
+        See :class:`~a3_engine.fusion.fusion_pass.FusionPass`.
+    local_queries : callable
+        See :meth:`~a3_engine.fusion.sparse.LocalQueries.get`: takes ``n_local`` and the layers, and
+        gives the chunks' local queries, ``(chunks, layers, heads, head_dim)``.
     """
 
-    query: torch.Tensor | None
-    key: torch.Tensor
-    value: torch.Tensor
-    lookahead: torch.Tensor | None = None
+    model: PreTrainedModel
+    rotation: Rotation
+    cache: FusedCache
+    layout: Layout
+    ids: Sequence[int]
+    room: int = 0
+    abandoned: Callable[[], bool] = lambda: False
+    observer: Observer | None = None
+    local_queries: Callable[[int, range], torch.Tensor] = _no_local_queries
+
+
+class Prepared(NamedTuple):
+    """A cache whose next forward is the fusion pass, and that pass."""
+
+    cache: FusedCache
+    fusion: FusionPass
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,10 @@ class Selector(ABC):
     """
 
     name: ClassVar[str]
+    # A method that computes everything reads no chunk from the store.
+    uses_chunks: ClassVar[bool] = True
+    # One that leaves tokens out makes a cache that serves its own request alone.
+    leaves_out: ClassVar[bool] = False
     ratio: float = 0.15
     correction: KVCorrection | None = None
 
@@ -84,125 +116,26 @@ class Selector(ABC):
             Corrector(self.correction, layout, rotation, devices).apply if self.correction else None
         )
 
+    @torch.inference_mode()
+    def prepare(self, run: Run) -> Prepared:
+        """Run what the method looks at, and hang the pass on the request's cache.
 
-@dataclass(frozen=True)
-class BoundarySelector(Selector):
-    """Selects by where the chunks stand, before the pass begins."""
-
-    @abstractmethod
-    def select(self, layout: Layout) -> torch.Tensor:
-        """Positions of chunk tokens, each once, in any order."""
-
-
-@dataclass(frozen=True)
-class LayerSelector(Selector):
-    """Selects inside the pass, at ``layer``; the layers before it are computed for all tokens.
-
-    As in the released code of A³ and CacheBlend, the ratio is that of all tokens before the
-    question: a prefix counts towards the budget, though its tokens are never picked.
-    """
-
-    layer: int = 1
-
-    @property
-    def drafted(self) -> int:
-        """Tokens of the answer to draft on the reused cache first, for their queries."""
-        return 0
-
-    def budget(self, layout: Layout) -> int:
-        before_question = layout.n_tokens - layout.n_question
-        return min(int(before_question * self.ratio), len(layout.chunk_positions))
-
-    @abstractmethod
-    def select(self, layout: Layout, fresh: States, stored: States) -> torch.Tensor:
-        """Positions of chunk tokens, each once, in any order.
-
-        Parameters
-        ----------
-        fresh : States
-            The layer's states computed in this pass, all tokens.
-        stored : States
-            What the cache held for this layer, rotated into place; fresh tokens hold nothing
-            meaningful there.
+        The prepared cache is a smaller one where the method leaves tokens out.
         """
-
-
-@dataclass(frozen=True)
-class QuestionSelector(Selector):
-    """Selects by the question's attention to the loaded keys, before the pass begins.
-
-    The engine runs the fresh tokens alone over the loaded cache and adds up what the question
-    attends to. With ``alone`` the question has seen no chunk until then. ``pool`` is that of
-    :class:`~a3_engine.fusion.attention_sums.AttentionSums`.
-    """
-
-    alone: ClassVar[bool] = False
-    pool: ClassVar[Pool] = "mean"
-
-    def layers(self, n_layers: int) -> range:
-        """The layers whose attention is wanted; all of them unless a method says otherwise."""
-        return range(n_layers)
-
-    def kept_per_layer(self, n_layers: int) -> dict[int, float]:
-        """Layers from which on only a share of the picked tokens is computed, with that share.
-
-        In ascending order from 1 on, the shares falling; see :mod:`a3_engine.fusion.layer_pruning`.
-        """
-        return {}
-
-    def local_global(
-        self, layout: Layout, attention: torch.Tensor, n_layers: int
-    ) -> tuple[int, LocalGlobal] | None:
-        """From which layer on the picked tokens attend to less than everything, and what.
-
-        ``attention`` is that of :meth:`select`. None where they attend to everything.
-        """
-        return None
+        if 0.0 < self.ratio < 1.0 and run.layout.chunks:
+            return self._prepare(run)
+        fusion = self._start(run, run.cache)
+        if self.ratio >= 1.0:
+            fusion.recompute_all()
+        else:
+            fusion.recompute(run.layout.fresh[:0])
+        return Prepared(run.cache, fusion)
 
     @abstractmethod
-    def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
-        """Positions of chunk tokens, each once, in any order.
+    def _prepare(self, run: Run) -> Prepared:
+        """The same for a prompt with chunks, some of whose tokens are recomputed."""
 
-        Parameters
-        ----------
-        attention : torch.Tensor
-            fp32, shape ``(layers, tokens)``: each wanted layer's attention weights, averaged over
-            the heads, and over the question's tokens taken together as ``pool`` says.
-        """
-
-
-@dataclass(frozen=True)
-class SparseSelector(Selector):
-    """Keeps only some chunk tokens at all, computes those, and decodes on them.
-
-    The engine runs the question over the kept ends of the chunks alone, and the end of every chunk
-    over its own chunk, and hands their queries to the selector. The ratio is the share of the
-    prompt's tokens that stay; at 1.0 nothing is left out.
-    """
-
-    n_local: int = 8
-
-    @abstractmethod
-    def layers(self, n_layers: int) -> range:
-        """The layers whose queries are wanted."""
-
-    @abstractmethod
-    def background(self, layout: Layout) -> torch.Tensor:
-        """Sorted positions of chunk tokens that stay in any case."""
-
-    @abstractmethod
-    def select(
-        self, layout: Layout, question: torch.Tensor, local: torch.Tensor, keys: torch.Tensor
-    ) -> torch.Tensor:
-        """Positions of the chunk tokens that stay, the background among them, in any order.
-
-        Parameters
-        ----------
-        question : torch.Tensor
-            Mean query of the question, ``(layers, heads, head_dim)``.
-        local : torch.Tensor
-            Mean query of each chunk's last ``n_local`` tokens, ``(layers, chunks, heads,
-            head_dim)``. All queries are rotated to the prompt's last position.
-        keys : torch.Tensor
-            The loaded keys, ``(layers, kv_heads, tokens, head_dim)``, rotated into place.
-        """
+    def _start(self, run: Run, cache: FusedCache) -> FusionPass:
+        """A pass over a cache that knows of no selection yet."""
+        before_write = self.before_write(run.layout, run.rotation, cache.devices)
+        return FusionPass(cache, run.layout, run.abandoned, before_write, run.observer)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.selectors.base import LayerSelector, States
+from a3_engine.fusion.fusion_pass import States
+from a3_engine.fusion.selectors.kinds import LayerSelector
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.selectors.base import BoundarySelector
+from a3_engine.fusion.selectors.kinds import BoundarySelector
 from a3_engine.layout import Layout
 
 

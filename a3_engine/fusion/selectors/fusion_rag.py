@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from a3_engine.fusion.selectors.base import QuestionSelector
+from a3_engine.fusion.selectors.kinds import QuestionSelector
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 

@@ -11,7 +11,7 @@ import torch
 from a3_engine.devices import send
 from a3_engine.fusion.attention_sums import Pool
 from a3_engine.fusion.correction import KVCorrection
-from a3_engine.fusion.selectors.base import QuestionSelector
+from a3_engine.fusion.selectors.kinds import QuestionSelector
 from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 from a3_engine.model.masks import LocalGlobal

@@ -11,7 +11,7 @@ import torch
 
 from a3_engine.devices import send
 from a3_engine.fusion.cache import BeforeWrite, FusedLayer
-from a3_engine.fusion.selectors.base import SparseSelector
+from a3_engine.fusion.selectors.kinds import SparseSelector
 from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation
 

@@ -88,6 +88,3 @@ def _aligned(nbytes: int) -> np.ndarray:
     wider = np.empty(nbytes + ALIGNMENT, np.uint8)
     at = -wider.ctypes.data % ALIGNMENT
     return wider[at : at + nbytes]
-
-
-BUFFERS = Buffers()
