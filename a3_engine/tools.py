@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from a3_engine.messages import Chunk, Message, ToolCall
+from a3_engine.schemas import without_references
 
 Tool = dict[str, Any]
 
@@ -24,6 +27,7 @@ BEHIND = ("[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>")
 ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
 # Control tokens in some vocabularies; an answer's text is read with them where there are tools.
 MARKS = (OPEN, CLOSE, *BEHIND, ARGUMENTS, CALL_ID)
+ID_CHARACTERS = string.ascii_letters + string.digits
 INSTRUCTIONS = """\
 You can call functions. These are their JSON schemas:
 <tools>
@@ -77,6 +81,65 @@ def json_grammar(schema: dict[str, Any], tools: Sequence[Tool] = ()) -> str:
     if not tools:
         return f"start: answer\n{answer}"
     return f"start: answer | call\n{answer}\n{_call_rules(tools)}"
+
+
+def chosen(tools: Sequence[Tool], choice: Any) -> list[Tool] | None:
+    """The tools of which one has to be called; None where the model decides.
+
+    Parameters
+    ----------
+    choice
+        None or ``"auto"``; ``"any"``, ``"required"`` or True; a tool's name; or OpenAI's
+        ``{"type": "function", "function": {"name": ...}}``.
+
+    Raises
+    ------
+    ValueError
+        There is no such tool.
+    """
+    if choice in (None, False, "auto", "none"):
+        return None
+    if choice in (True, "any", "required"):
+        return list(tools)
+    name = choice
+    if isinstance(choice, dict):
+        name = choice.get("function", choice).get("name")
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    if not found:
+        names = ", ".join(tool["function"]["name"] for tool in tools)
+        raise ValueError(f"tool_choice {choice!r} names no tool; there are: {names}.")
+    return found
+
+
+def grammar(tools: Sequence[Tool], choice: Any, form: Any) -> str | None:
+    """What the answer has to follow; None for free text.
+
+    Parameters
+    ----------
+    form
+        None, ``"json"`` for any JSON object, or a JSON schema. Where there are tools of which none
+        has to be called, the model may call one in place of answering.
+    """
+    forced = chosen(tools, choice)
+    if forced and form is not None:
+        raise ValueError("An answer cannot be a forced tool call and JSON of a format at once.")
+    if forced:
+        return call_grammar(forced)
+    if form is None:
+        return None
+    return json_grammar({"type": "object"} if form == "json" else form, tools)
+
+
+def in_full(tool: Tool) -> Tool:
+    """A tool whose parameters refer to nothing: templates show them as they stand."""
+    function = tool["function"]
+    parameters = without_references(function.get("parameters", {}))
+    return tool | {"function": function | {"parameters": parameters}}
+
+
+def new_call_id() -> str:
+    """Nine letters or digits, which is what the strictest chat template (Mistral's) takes."""
+    return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
 
 
 @dataclass(frozen=True)

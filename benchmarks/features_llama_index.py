@@ -16,18 +16,11 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.huggingface import HuggingFaceLLM
-from pydantic import BaseModel
 
 from a3_integrations.llama_index import A3LLM
 
 MESSAGES = [ChatMessage(role="user", content=PROMPT)]
 Make = Callable[..., Any]
-
-
-class Echoed(BaseModel):
-    """What the demo model can do is repeat the schema, which has this field."""
-
-    properties: dict[str, Any]
 
 
 def counted(make: Make, call: Callable[[Any], object]) -> bool:
@@ -99,9 +92,6 @@ PROBES: dict[str, Callable[[Make], bool]] = {
         make(system_prompt="Answer in one word.").predict(PromptTemplate(PROMPT))
     ),
     "`completion_to_prompt`, streaming too": stream_follows_completion_to_prompt,
-    "`as_structured_llm`": lambda make: isinstance(
-        make(max_new_tokens=128).as_structured_llm(Echoed).complete("Reply in JSON.").raw, Echoed
-    ),
     "passages from the cache, in any order": passages_in_any_order,
     "next turn goes on with the last one's cache": next_turn,
     "log probabilities": lambda make: (

@@ -31,13 +31,11 @@ from pydantic import Field
 
 from a3_engine import FusionReport, Prompt
 from a3_engine.model.loading import default_cache_dir, known_context_window
-from a3_engine.tools import MARKS, CallReader
+from a3_engine.tools import MARKS, CallReader, chosen, grammar
 from a3_integrations.langchain.messages import to_engine
 from a3_integrations.langchain.settings import A3Settings, about, langchains_errors, usage
 from a3_integrations.langchain.tools import (
-    chosen,
     closing_chunk,
-    grammar,
     to_form,
     to_json_schema,
     to_schema,

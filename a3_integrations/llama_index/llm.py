@@ -2,17 +2,19 @@
 
 Input (LlamaIndex -> engine): ``chat`` turns ChatMessages into engine messages, ``complete`` turns a
 prompt into one user message, or plans it as it stands when it is ``formatted``. The texts of known
-chunks are found inside either, so stock query and chat engines are served from the cache.
+chunks are found inside either, so stock query and chat engines are served from the cache. Tools go
+to the chat template and, where a call is asked for, into a grammar (`tools.py`).
 
-Output (engine -> LlamaIndex): text, token counts in ``raw["usage"]`` where LlamaIndex's
-TokenCountingHandler looks for them, and the FusionReport in ``raw["a3"]`` and ``last_report``.
+Output (engine -> LlamaIndex): text and tool calls, token counts in ``raw["usage"]`` where
+LlamaIndex's TokenCountingHandler looks for them, and the FusionReport in ``raw["a3"]`` and
+``last_report``.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_prompt
 from llama_index.core.base.llms.types import (
@@ -27,7 +29,6 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
 
 from a3_engine import A3Engine, FusionReport
 from a3_engine.chunks.codecs import DEFAULT_CODEC
@@ -35,10 +36,17 @@ from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import PromptLike
 from a3_engine.fusion.selectors import choose_selector, with_call
+from a3_engine.messages import ToolCall
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
 from a3_engine.shared import shared_engine
-from a3_integrations.llama_index.responses import chat_response, completion_response, to_engine
+from a3_engine.tools import MARKS, Tool, grammar
+from a3_integrations.llama_index.responses import (
+    chat_response,
+    completion_response,
+    to_conversation,
+)
+from a3_integrations.llama_index.tools import Answer, CallsTools
 
 # Names that callers of other LLMs use for our settings.
 ALIASES = {"max_tokens": "max_new_tokens"}
@@ -48,7 +56,24 @@ ALIASES = {"max_tokens": "max_new_tokens"}
 finished: ContextVar[FusionReport | None] = ContextVar("finished", default=None)
 
 
-class A3LLM(LLM):
+class Question(NamedTuple):
+    """A prompt, the engine's options for it, and what reads its answer."""
+
+    prompt: PromptLike
+    options: dict[str, Any]
+    answer: Answer
+
+
+class Piece(NamedTuple):
+    """The text so far, and what is new of it; with the last piece the report and the calls."""
+
+    text: str
+    delta: str | None
+    report: FusionReport | None = None
+    calls: Sequence[ToolCall] = ()
+
+
+class A3LLM(CallsTools):
     """A local model that answers from cached chunks.
 
     Examples
@@ -176,6 +201,7 @@ class A3LLM(LLM):
             context_window=window,
             num_output=self.max_new_tokens,
             is_chat_model=chats,
+            is_function_calling_model=self._by_template,
             model_name=self._engine.name,
         )
 
@@ -183,73 +209,92 @@ class A3LLM(LLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        answer = self._engine.generate(self._from_messages(messages), **self._options(kwargs))
-        return chat_response(answer.text, None, self._finish(answer.report))
+        return chat_response(*self._answered(self._asked(messages, kwargs)))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        pieces = self._pieces(self._from_messages(messages), kwargs)
-        return (chat_response(*piece) for piece in pieces)
+        return (chat_response(*piece) for piece in self._pieces(self._asked(messages, kwargs)))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        request = self._from_messages(messages)
-        answer = await self._engine.agenerate(request, **self._options(kwargs))
-        return chat_response(answer.text, None, self._finish(answer.report))
+        return chat_response(*await self._aanswered(self._asked(messages, kwargs)))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        pieces = self._apieces(self._from_messages(messages), kwargs)
+        pieces = self._apieces(self._asked(messages, kwargs))
         return (chat_response(*piece) async for piece in pieces)
 
     # Completion
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        request = self._from_prompt(prompt, formatted)
-        answer = self._engine.generate(request, **self._options(kwargs))
-        return completion_response(answer.text, None, self._finish(answer.report))
+        question = self._from_prompt(prompt, formatted, kwargs)
+        return completion_response(*self._answered(question)[:3])
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
-        pieces = self._pieces(self._from_prompt(prompt, formatted), kwargs)
-        return (completion_response(*piece) for piece in pieces)
+        pieces = self._pieces(self._from_prompt(prompt, formatted, kwargs))
+        return (completion_response(*piece[:3]) for piece in pieces)
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
-        request = self._from_prompt(prompt, formatted)
-        answer = await self._engine.agenerate(request, **self._options(kwargs))
-        return completion_response(answer.text, None, self._finish(answer.report))
+        answered = await self._aanswered(self._from_prompt(prompt, formatted, kwargs))
+        return completion_response(*answered[:3])
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        pieces = self._apieces(self._from_prompt(prompt, formatted), kwargs)
-        return (completion_response(*piece) async for piece in pieces)
+        pieces = self._apieces(self._from_prompt(prompt, formatted, kwargs))
+        return (completion_response(*piece[:3]) async for piece in pieces)
 
     # How
 
-    def _from_messages(self, messages: Sequence[ChatMessage]) -> PromptLike:
-        if self.messages_to_prompt not in (None, generic_prompt):
-            return self._engine.runtime.planner.plan_raw(self.messages_to_prompt(messages))
-        # An empty conversation, too, is the template's to show.
-        return self._engine.runtime.planner.plan(
-            [to_engine(message) for message in messages], blank=True
-        )
+    @property
+    def _by_template(self) -> bool:
+        """Whether the model's chat template writes the prompt, and no function of the user's."""
+        return self.messages_to_prompt in (None, generic_prompt)
 
-    def _from_prompt(self, prompt: str, formatted: bool) -> PromptLike:
+    def _asked(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Question:
+        kwargs = dict(kwargs)
+        tools, choice = kwargs.pop("tools", None) or [], kwargs.pop("tool_choice", None)
+        parallel = kwargs.pop("allow_parallel_tool_calls", True)
+        if choice == "none":
+            tools = []
+        options = self._options(kwargs)
+        options["grammar"] = grammar(tools, choice, None)
+        options["shown"] = MARKS if tools else ()
+        return Question(self._from_messages(messages, tools), options, Answer(tools, parallel))
+
+    def _from_messages(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+    ) -> PromptLike:
+        if self._by_template:
+            # An empty conversation, too, is the template's to show.
+            return self._engine.runtime.planner.plan(
+                to_conversation(messages), tools=tools, blank=True
+            )
+        if tools:
+            raise ValueError(
+                "messages_to_prompt writes the prompt and shows no tools: leave it out, so that "
+                "the model's chat template does."
+            )
+        return self._engine.runtime.planner.plan_raw(self.messages_to_prompt(messages))
+
+    def _from_prompt(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Question:
+        options = self._options(kwargs)
         if not formatted and self.completion_to_prompt is not None:
             own = self.completion_to_prompt(prompt)
             # The default leaves the prompt as it is; then the model's chat template is used.
             formatted, prompt = own != prompt, own
-        return self._engine.runtime.planner.plan_raw(prompt) if formatted else prompt
+        request = self._engine.runtime.planner.plan_raw(prompt) if formatted else prompt
+        return Question(request, options, Answer())
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = {ALIASES.get(name, name): value for name, value in kwargs.items()}
@@ -271,32 +316,45 @@ class A3LLM(LLM):
         finished.set(report)
         return report
 
-    def _pieces(self, request: PromptLike, kwargs: dict[str, Any]) -> Generator[Any, None, None]:
-        """(text so far, new piece, None), and at the end (text, "", report)."""
-        stream = self._engine.stream(request, **self._options(kwargs))
+    def _answered(self, question: Question) -> Piece:
+        given = self._engine.generate(question.prompt, **question.options)
+        question.answer.put(given.text)
+        return self._last(question.answer, given.report)._replace(delta=None)
 
-        def generate() -> Generator[Any, None, None]:
-            text = ""
+    async def _aanswered(self, question: Question) -> Piece:
+        given = await self._engine.agenerate(question.prompt, **question.options)
+        question.answer.put(given.text)
+        return self._last(question.answer, given.report)._replace(delta=None)
+
+    def _pieces(self, question: Question) -> Generator[Piece, None, None]:
+        """The text as it comes, and at the end the report and the calls."""
+        stream, answer = self._engine.stream(question.prompt, **question.options), question.answer
+
+        def generate() -> Generator[Piece, None, None]:
             with stream:
                 for piece in stream:
-                    text += piece
-                    yield text, piece, None
-            yield text, "", self._finish(stream.report)
+                    if shown := answer.put(piece):
+                        yield Piece(answer.text, shown)
+            yield self._last(answer, stream.report)
 
         return generate()
 
-    async def _apieces(
-        self, request: PromptLike, kwargs: dict[str, Any]
-    ) -> AsyncGenerator[Any, None]:
-        stream = await self._engine.astream(request, **self._options(kwargs))
-        text = ""
+    async def _apieces(self, question: Question) -> AsyncGenerator[Piece, None]:
+        stream, answer = (
+            await self._engine.astream(question.prompt, **question.options),
+            question.answer,
+        )
         try:
             async for piece in stream:
-                text += piece
-                yield text, piece, None
+                if shown := answer.put(piece):
+                    yield Piece(answer.text, shown)
         finally:
             stream.close()
-        yield text, "", self._finish(stream.report)
+        yield self._last(answer, stream.report)
+
+    def _last(self, answer: Answer, report: FusionReport | None) -> Piece:
+        rest = answer.end()
+        return Piece(answer.text, rest, self._finish(report), answer.calls)
 
 
 def _from_settings(kind: type[A3LLM], engine: A3Engine, settings: dict[str, Any]) -> A3LLM:

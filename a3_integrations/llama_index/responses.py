@@ -1,9 +1,10 @@
-"""LlamaIndex's messages as text, and the engine's answers as LlamaIndex's responses."""
+"""LlamaIndex's messages in the engine's words, and its answers as LlamaIndex's responses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -19,6 +20,19 @@ from llama_index.core.base.llms.types import (
 
 from a3_engine import Chunk, FusionReport, Message
 from a3_engine.messages import ToolCall
+
+
+def to_conversation(messages: Iterable[ChatMessage]) -> list[Message]:
+    """The same conversation for the engine.
+
+    Agents give a tool's result the call's id alone, and some templates write the tool's name.
+    """
+    turns = [to_engine(message) for message in messages]
+    names = {call.id: call.name for turn in turns for call in turn.tool_calls if call.id}
+    return [
+        replace(turn, name=names.get(turn.tool_call_id or "")) if turn.name is None else turn
+        for turn in turns
+    ]
 
 
 def to_engine(message: ChatMessage) -> Message:
@@ -101,16 +115,35 @@ def _raw(report: FusionReport | None) -> dict[str, Any] | None:
     return {"usage": usage, "a3": report.to_dict()}
 
 
-def chat_response(text: str, delta: str | None, report: FusionReport | None) -> ChatResponse:
-    """The answer so far, the piece that came last, and at the end what happened."""
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+def chat_response(
+    text: str, delta: str | None, report: FusionReport | None, calls: Sequence[ToolCall] = ()
+) -> ChatResponse:
+    """The answer so far, the piece that came last, and at the end what happened and the calls.
+
+    Calls stand in blocks, where agents look, and in OpenAI's form, where structured streams do.
+    """
+    blocks = [
+        ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=dict(call.arguments))
+        for call in calls
+    ]
+    message = ChatMessage(
+        role=MessageRole.ASSISTANT,
+        content=[TextBlock(text=text), *blocks] if text or not calls else blocks,
+        additional_kwargs={"tool_calls": [_openais(call) for call in calls]} if calls else {},
+    )
     return ChatResponse(message=message, delta=delta, raw=_raw(report), logprobs=_logprobs(report))
+
+
+def _openais(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def completion_response(
     text: str, delta: str | None, report: FusionReport | None
 ) -> CompletionResponse:
-    """The same for a completion."""
+    """The same for a completion, which calls nothing."""
     return CompletionResponse(text=text, delta=delta, raw=_raw(report), logprobs=_logprobs(report))
 
 

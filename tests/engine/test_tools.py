@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from a3_engine.decoding.text_emitter import TextEmitter
 from a3_engine.messages import Chunk, Message, ToolCall
 from a3_engine.prompt import PromptPlanner
+from a3_engine.schemas import without_references
 from a3_engine.tools import MARKS, CallReader, call_grammar, json_grammar
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
 
@@ -284,3 +285,22 @@ def test_a_result_is_written_as_the_template_writes_it(said):
     assert document.text in planner.tokenizer.decode(prompt.ids)
     assert [s.text for s in prompt.segments if s.kind == "chunk"] == [document.text]
     assert '\\"it\\":\\n' in planner.tokenizer.decode(prompt.ids)
+
+
+def test_references_are_replaced_by_what_they_point_at():
+    lamp = {"type": "object", "properties": {"lit": {"type": "boolean"}}}
+    shore = {"type": "array", "items": {"$ref": "#/$defs/Lamp"}}
+    named = {"$ref": "#/$defs/Shore", "description": "Where."}
+    schema = {"properties": {"at": named}, "$defs": {"Lamp": lamp, "Shore": shore}}
+    at = {"type": "array", "items": lamp, "description": "Where."}
+    assert without_references(schema) == {"properties": {"at": at}}
+    older = json.loads(json.dumps(schema).replace("$defs", "definitions"))
+    assert without_references(older) == {"properties": {"at": at}}
+
+
+@pytest.mark.parametrize("target", ["#/$defs/Lamp", "#/properties/at"])
+def test_a_schema_that_cannot_be_written_out_stays(target):
+    """It holds itself, or refers to no definition."""
+    lamp = {"properties": {"next": {"$ref": target}}}
+    schema = {"properties": {"at": {"$ref": "#/$defs/Lamp"}}, "$defs": {"Lamp": lamp}}
+    assert without_references(schema) == schema

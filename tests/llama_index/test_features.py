@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Literal
 
 import pytest
 from llama_index.core import Document, QueryBundle, Settings, VectorStoreIndex
@@ -201,24 +201,21 @@ def test_settings_llm_serves_engines_made_without_one(llm, index, monkeypatch):
     assert llm.last_report.hits == 2
 
 
-class Echoed(BaseModel):
-    """A field of JSON schemas: repeating the schema that it is shown is what the model can do."""
+class Stated(BaseModel):
+    """What a sentence says of a river."""
 
-    properties: dict[str, Any]
+    river: Literal["Rhine", "Rhone", "Danube"]
+    ends: bool
 
 
 def test_structured_llm(demo_engine):
-    """The answer is parsed into the class; one that does not fit it is an error that says so."""
-    llm = A3LLM(engine=demo_engine, max_new_tokens=128)
-    structured = llm.as_structured_llm(Echoed)
-    answer = structured.complete("Reply with one line of JSON.").raw
-    assert isinstance(answer, Echoed)
-    with pytest.raises(ValueError, match=r"validation error|JSON|json"):
-        A3LLM(engine=demo_engine, max_new_tokens=16).as_structured_llm(Unlikely).complete("Hello.")
-
-
-class Unlikely(BaseModel):
-    harbours: list[dict[str, int]]
+    """The answer fits the class; one without room for it is an error that says so."""
+    llm = A3LLM(engine=demo_engine, max_new_tokens=64)
+    answer = llm.as_structured_llm(Stated).complete("The Rhine ends in the North Sea.").raw
+    assert isinstance(answer, Stated)
+    llm = A3LLM(engine=demo_engine, max_new_tokens=8)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        llm.as_structured_llm(Stated).complete("Hello.")
 
 
 def test_evaluators_judge_over_cached_chunks(demo_engine, query_engine):
