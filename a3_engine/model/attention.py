@@ -362,7 +362,8 @@ def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Captured as captured:
         if kept is not None and kept.states is not None:
             captured.kept = kept.states
-        return captured
+        # Its traceback would hold this frame, its callers and with them the cache, in a circle.
+        return captured.with_traceback(None)
     raise RuntimeError(
         f"{type(layer).__name__} did not call the registered attention function; "
         "was the model's attention implementation changed after the engine was built?"

@@ -182,7 +182,7 @@ def test_asking_for_news_takes_no_longer_with_more_known_texts(known):
     def steps() -> int:
         text_index.find(SHORE)
         counted: list[None] = []
-        db = text_index._store._database.connection
+        db = text_index._store._database._connection
         db.set_progress_handler(lambda: counted.append(None), 1)
         assert found(text_index, LAMP) == [LAMP]
         db.set_progress_handler(None, 1)
