@@ -254,8 +254,8 @@ class A3Engine:
         **options
             Those of :meth:`stream`, and whatever else of a request can change what is asked.
         """
-        method = self._method(**{name: options.pop(name, None) for name in METHOD_OPTIONS})
         runtime = self.runtime
+        method = self._method(runtime, **{name: options.pop(name, None) for name in METHOD_OPTIONS})
         template = runtime.tokenizer.chat_template
         ends = runtime.decoder.settings.eos_token_id
         return digest(self.fingerprint, template, ends, repr(method), sorted(options.items()))
@@ -449,9 +449,10 @@ class A3Engine:
         UnsupportedModelError
             Chunks of this model cannot be moved.
         """
-        prompt, chosen = self.plan(request, chunks), self._method(**method)
-        cache = assemble(self.runtime, prompt, chosen, room, FusionReport()).cache
-        touch(self.runtime, prompt, chosen.selector)
+        runtime = self.runtime
+        prompt, chosen = self.plan(request, chunks), self._method(runtime, **method)
+        cache = assemble(runtime, prompt, chosen, room, FusionReport()).cache
+        touch(runtime, prompt, chosen.selector)
         return prompt, cache
 
     def fuse(self, request: PromptLike, **options: Any) -> tuple[Prompt, FusedCache]:
@@ -476,13 +477,14 @@ class A3Engine:
 
     def _method(
         self,
+        runtime: Runtime,
         quality: str | None = None,
         selector: str | Selector | None = None,
         ratio: float | None = None,
         compression: str | Compression | None = None,
         keep: float | None = None,
     ) -> Method:
-        default, profile = self.selector, self.runtime.profile
+        default, profile = self.selector, runtime.profile
         asked_for = quality == BALANCED and selector is None and ratio is None
         if profile is not None and (asked_for or (self._by_default and quality is None)):
             default, quality = profile.selector, None
@@ -501,7 +503,7 @@ class A3Engine:
         """Check everything that can be wrong with a request now, and answer it later."""
         runtime = self.runtime  # loading the model is not part of the request
         started = time.perf_counter()
-        method = self._method(**{name: options.pop(name, None) for name in METHOD_OPTIONS})
+        method = self._method(runtime, **{name: options.pop(name, None) for name in METHOD_OPTIONS})
         if unknown := set(options) - set(Sampling.__dataclass_fields__):
             raise TypeError(
                 f"There is no setting {', '.join(sorted(unknown))}; "

@@ -33,10 +33,16 @@ def test_a_block_compiles_and_its_imports_are_there(block):
             assert not missing, f"{node.module} has no {missing}"
 
 
+@pytest.fixture(scope="module")
+def cache_home(tmp_path_factory):
+    """A user's cache folder, in which the demo model is unpacked once."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize("block", README)
-def test_the_readme_runs_as_it_stands(block, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_readme_runs_as_it_stands(block, cache_home, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     exec(compile(block, "README.md", "exec"), {})
     assert "first token" in capsys.readouterr().out
 

@@ -68,10 +68,9 @@ def run_tune(options: argparse.Namespace) -> None:
 
 
 def _line(figure: Figure) -> str:
-    correction = figure.selector.correction
-    strength = f"{correction.strength:8.2f}" if correction and figure.selector.ratio else f"{'':8}"
+    strength = "" if figure.strength is None else f"{figure.strength:.2f}"
     reported = "" if figure.reported_on is None else f"{figure.reported_on:12.4f}"
     return (
-        f"{figure.stand_in:14} {figure.selector.ratio:6.2f} {strength} {figure.chosen_on:14.4f} "
+        f"{figure.stand_in:14} {figure.selector.ratio:6.2f} {strength:>8} {figure.chosen_on:14.4f} "
         f"{reported}"
     ).rstrip()

@@ -34,8 +34,8 @@ from a3_engine.profile import Profile
 
 CHUNK_TOKENS, PASSAGES = 192, 5  # of a prompt
 STAND_IN_PASSAGES, DRAWS = 4, 2  # of the corpus
-STRENGTHS, RATIOS = (0.15, 0.3, 0.6), (0.0, 0.02, 0.05, 0.1, 0.15)
-AT = 0.05  # the ratio at which stand-ins and strengths are compared
+STRENGTHS, RATIOS = (0.15, 0.3, 0.6), (0.02, 0.1, 0.15)
+AT = 0.05  # the ratio at which stand-ins and strengths are compared; so is recomputing nothing
 ENOUGH = 1.2  # times the best ratio's divergence: what a cheaper one may have
 ASK = 'How does this sentence of the documents go on? "{begin}"'
 
@@ -47,6 +47,12 @@ class Figure(NamedTuple):
     selector: Selector
     chosen_on: float
     reported_on: float | None = None
+
+    @property
+    def strength(self) -> float | None:
+        """Of the KV correction; None where nothing is recomputed, and so nothing corrected."""
+        correction = self.selector.correction
+        return correction.strength if correction is not None and self.selector.ratio else None
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class Tuner:
             stand_ins, rest = self._stand_ins(chunks)
             examples = make_examples(rest, self.prompts, self.seed)
             first, second = examples[: len(examples) // 2], examples[len(examples) // 2 :]
-            tried = [QUALITIES["fast"], *(Profile(NONE, AT, s).selector for s in STRENGTHS)]
+            nothing = Profile(NONE, 0.0, 0.0).selector
+            tried = [nothing, *(Profile(NONE, AT, s).selector for s in STRENGTHS)]
             default = QUALITIES[BALANCED]
             # Steps of one setting on one prompt; two settings are measured on the second half too.
             total = len(first) * (len(stand_ins) * len(tried) + len(RATIOS) + 1) + 2 * len(second)
@@ -180,20 +187,25 @@ class Tuner:
             best = min(
                 (figure for figure in figures if figure.selector.ratio), key=lambda f: f.chosen_on
             )
-            assert best.selector.correction is not None
-            strength, name = best.selector.correction.strength, best.stand_in
-            by_ratio = []
+            strength, name = best.strength, best.stand_in
+            assert strength is not None
             for ratio in RATIOS:
                 selector = Profile(NONE, ratio, strength).selector
-                by_ratio.append(Figure(name, selector, mean(name, selector, first)))
+                figures.append(Figure(name, selector, mean(name, selector, first)))
+            by_ratio = [
+                figure
+                for figure in figures
+                if figure.stand_in == name and figure.strength in (None, strength)
+            ]
             least = min(figure.chosen_on for figure in by_ratio)
-            chosen = next(f for f in by_ratio if f.chosen_on <= ENOUGH * least)
+            enough = (figure for figure in by_ratio if figure.chosen_on <= ENOUGH * least)
+            chosen = min(enough, key=lambda figure: figure.selector.ratio)
             before = Figure(
                 SHIPPED, default, mean(SHIPPED, default, first), mean(SHIPPED, default, second)
             )
             chosen = chosen._replace(reported_on=mean(name, chosen.selector, second))
-            profile = Profile(stand_ins[name], chosen.selector.ratio, strength)
-            return Tuned(profile, figures + by_ratio, chosen, before)
+            profile = Profile(stand_ins[name], chosen.selector.ratio, chosen.strength or 0.0)
+            return Tuned(profile, figures, chosen, before)
 
     def _chunks(self, folder: Path) -> list[str]:
         with closing(self._engine(folder, NONE)) as engine:
