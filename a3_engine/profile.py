@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import passages_of
-from a3_engine.fusion.correction import KVCorrection
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.owners import why_not_ours_alone
 
@@ -52,7 +51,10 @@ class Profile:
     @property
     def selector(self) -> Mend:
         """The default method with these settings."""
-        return Mend(ratio=self.ratio, correction=KVCorrection(strength=self.strength), least=0)
+        default = Mend()
+        assert default.correction is not None
+        correction = replace(default.correction, strength=self.strength)
+        return replace(default, ratio=self.ratio, correction=correction, least=0)
 
 
 def profile_path(cache_dir: Path, weights: str, tokenizer: str, encode_prefix: str) -> Path:

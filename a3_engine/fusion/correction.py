@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from a3_engine.devices import send
-from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import kernels_on, loops
@@ -33,11 +34,48 @@ class KVCorrection:
         Of the softmax over cosine similarities; low follows only the most similar tokens.
     probes : int
         At most so many recomputed tokens, evenly taken, show the way.
+    head_strength : float
+        Share of the move of its head that the rest of a prompt's first chunk follows; see
+        :meth:`follow_head`.
     """
 
     strength: float = 0.6
     temperature: float = 0.1
     probes: int = 64
+    head_strength: float = 0.0
+
+    def follow_head(self, chunk: ChunkKV, head: ChunkKV, cache: FusedCache) -> ChunkKV:
+        """The tokens of a prompt's first chunk after its head, moved as the head's tokens are.
+
+        The chunk was computed after a stand-in, which stands nowhere in the prompt. What that does
+        to the head's tokens is known, since they are stored with it and without.
+
+        Parameters
+        ----------
+        chunk : ChunkKV
+            Computed after the stand-in.
+        head : ChunkKV
+            The chunk's first tokens, computed without it.
+        cache : FusedCache
+            Where both will stand.
+        """
+        device, n_head = cache.devices[0], head.n_tokens
+        layers = []
+        for chunk_layer, head_layer in zip(
+            cache.shape.split(chunk), cache.shape.split(head), strict=True
+        ):
+            states = [each.to(device, non_blocking=True) for each in chunk_layer]
+            exact = [each.to(device, non_blocking=True) for each in head_layer]
+            known = [each[:, :n_head] for each in states]
+            everyone = torch.nn.functional.normalize(_flat(states[1]).float())
+            alike = everyone[n_head:] @ everyone[:n_head].mT
+            weights = torch.softmax(alike / self.temperature, dim=-1).mul_(self.head_strength)
+            keys, values = (
+                each[:, n_head:] + weights.to(each.dtype) @ (new - old)
+                for each, new, old in zip(states, exact, known, strict=True)
+            )
+            layers.append((keys, values))
+        return cache.shape.chunk(layers, device)
 
 
 class Corrector:

@@ -58,7 +58,9 @@ class Mend(QuestionSelector):
     pool: ClassVar[Pool] = "max"
     ratio: float = 0.05
     # Chunks that were computed behind a stand-in have little left to be moved.
-    correction: KVCorrection | None = field(default_factory=lambda: KVCorrection(strength=0.3))
+    correction: KVCorrection | None = field(
+        default_factory=lambda: KVCorrection(strength=0.3, head_strength=0.8)
+    )
     least: int = 128
     depth: float = 1 / 3
     narrow: tuple[tuple[float, float], ...] = ((0.5, 0.7), (0.6, 0.45), (0.8, 0.15))
