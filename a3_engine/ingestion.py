@@ -40,7 +40,7 @@ def ingest(
         n_tokens = len(runtime.planner.prefix_ids) + len(segment.ids)
         if n_tokens >= context_window:
             raise ContextOverflowError(
-                f"A chunk has {n_tokens} tokens with what it is computed behind; the model's "
+                f"A chunk has {n_tokens} tokens with what it is computed after; the model's "
                 f"context window is {context_window}. Split it into smaller chunks. It "
                 f"begins with {segment.text[:40]!r}."
             )

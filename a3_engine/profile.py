@@ -2,7 +2,7 @@
 
 A profile is used where the engine's settings leave the choice open: with ``stand_in="auto"``, and
 its selector where neither selector, ratio nor quality is given. Its passages decide what chunks are
-computed behind, so it is believed only where nobody else can write it.
+computed after, so it is believed only where nobody else can write it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Profile:
     Parameters
     ----------
     stand_in : str or tuple of str
-        What chunks are computed behind; see :mod:`a3_engine.chunks.stand_in`.
+        What chunks are computed after; see :mod:`a3_engine.chunks.stand_in`.
     ratio : float
         Share of the chunk tokens to recompute, 0 to 1.
     strength : float

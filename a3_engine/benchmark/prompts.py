@@ -16,7 +16,7 @@ NEARBY = 16  # characters around the likeliest border in which the exact one is 
 
 
 def build_prompt(engine: A3Engine, context_tokens: int, chunk_tokens: int) -> Prompt:
-    """A question behind ``context_tokens`` of text in chunks of exactly ``chunk_tokens``.
+    """A question after ``context_tokens`` of text in chunks of exactly ``chunk_tokens``.
 
     The prompt also has the chat template, the blank lines between the chunks, and the question.
     """

@@ -124,7 +124,7 @@ def attention_rate(model: PreTrainedModel, n_rows: int, n_keys: int) -> float:
 
 
 def fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some calls, behind one that warms up."""
+    """Seconds of the fastest of some calls, after one that warms up."""
     call()
     times = []
     for _ in range(REPEATS):

@@ -22,7 +22,7 @@ from a3_engine.model.masks import LocalGlobal
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512
-FRESH_TOKENS = 64  # template and question, behind the chunks
+FRESH_TOKENS = 64  # template and question, after the chunks
 TURNING = 2  # keys are read and written once more
 GIGA, TERA = 1e9, 1e12
 
@@ -187,7 +187,7 @@ def simulate(
     Parameters
     ----------
     context : int
-        Tokens of the chunks; a question of 64 stands behind them.
+        Tokens of the chunks; a question of 64 stands after them.
     ratio : float
         Of them that are computed again, evenly spread; fewer in the upper layers, as `mend` does.
     tier_gb_s : float

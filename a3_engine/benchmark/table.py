@@ -34,7 +34,7 @@ def tables(benchmark: Row) -> str:
     ]
     lines += [
         f"decoding at {each['context_tokens']}, tokens/s (median): "
-        f"{each['one_per_s']['median']:.1f} behind the first, "
+        f"{each['one_per_s']['median']:.1f} after the first, "
         f"{each['generate_per_s']['median']:.1f} by transformers' generate; in steps of one "
         f"{each['step_per_s']['median']:.1f}, of {each['requests']} "
         f"{each['steps_per_s']['median']:.1f}; with the prefill "

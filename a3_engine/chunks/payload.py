@@ -35,7 +35,7 @@ class Header:
     ``shape`` is ``(layers, kv_heads, tokens, head_dim)`` of the decoded keys and values, ``dtype``
     theirs as torch prints it; ``value_dim`` is that of the values where it is another, and is left
     out where it is not. A part of a chunk begins at ``first_layer``. ``stand_in`` names the
-    passages that it was computed behind, and is left out where there were none.
+    passages that it was computed after, and is left out where there were none.
     """
 
     key: str

@@ -125,7 +125,7 @@ class Tuner:
     ----------
     documents : sequence of str
     encode_prefix : str
-        What chunks are computed behind, before any stand-in.
+        What chunks are computed after, before any stand-in.
     prompts : int
         How many are made; half of them choose.
     seed : int

@@ -50,7 +50,7 @@ class LocalQueries:
         layers : range
             The layers whose queries are wanted.
         prefix
-            Ids and KV of what the chunk was computed behind.
+            Ids and KV of what the chunk was computed after.
         ids, kv
             The chunk's own.
         """

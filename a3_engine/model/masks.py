@@ -130,7 +130,7 @@ class RowMask:
         return torch.searchsorted(self.key_positions, positions)
 
     def seen(self, window: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each row the first key that it sees, and the first behind those; ``(1, rows)``.
+        """For each row the first key that it sees, and the first after those; ``(1, rows)``.
 
         Beside these, it sees those that are `LocalGlobal.global_positions`.
         """

@@ -20,7 +20,7 @@ class A3(LayerSelector):
 
     Follows the authors' code (yczhounlp/ragkv at 8f3a325): heads are flattened into one vector, so
     that a score is the sum of the heads' products over ``sqrt(heads * head_dim)``; the softmax runs
-    over all tokens behind the prefix; scores are summed over the question and average-pooled.
+    over all tokens after the prefix; scores are summed over the question and average-pooled.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ class Mend(QuestionSelector):
 
     A token counts by the most that any token of the question attends to it, the first ones of a
     chunk for more than that. Tokens whose stored KV is exact already, those of a first chunk that
-    stands just behind what it was computed behind, are not picked.
+    stands just after what it was computed after, are not picked.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Mend(QuestionSelector):
     name: ClassVar[str] = "mend"
     pool: ClassVar[Pool] = "max"
     ratio: float = 0.05
-    # Chunks that were computed behind a stand-in have little left to be moved.
+    # Chunks that were computed after a stand-in have little left to be moved.
     correction: KVCorrection | None = field(
         default_factory=lambda: KVCorrection(strength=0.3, head_strength=0.8)
     )
@@ -122,8 +122,8 @@ class Mend(QuestionSelector):
         # What stands before a chunk moves its first tokens most: alone, they see nothing.
         weights = torch.ones(layout.n_tokens)
         for span in layout.chunks:
-            behind = torch.arange(span.stop - span.start)
-            weights[span.start : span.stop] += START_WEIGHT * torch.exp(-behind / START_TOKENS)
+            offsets = torch.arange(span.stop - span.start)
+            weights[span.start : span.stop] += START_WEIGHT * torch.exp(-offsets / START_TOKENS)
         return attention.mean(0) * send(weights, attention.device)
 
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:
