@@ -50,11 +50,11 @@ class Profile:
 
     @property
     def selector(self) -> Mend:
-        """The default method with these settings."""
+        """The default method with these settings; where it recomputes, its least number holds."""
         default = Mend()
         assert default.correction is not None
         correction = replace(default.correction, strength=self.strength)
-        return replace(default, ratio=self.ratio, correction=correction, least=0)
+        return replace(default, ratio=self.ratio, correction=correction)
 
 
 def profile_path(cache_dir: Path, weights: str, tokenizer: str, encode_prefix: str) -> Path:
