@@ -1,4 +1,4 @@
-"""Computing the chunks of a corpus ahead of their questions."""
+"""Computing the chunks of a corpus before anybody asks."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def tables(benchmark: Row) -> str:
 
 
 HEAD = (
-    "context", "chunk", "method", "ratio", "TTFT s", "least", "most", "sooner", *PARTS, "tok/s",
+    "context", "chunk", "method", "ratio", "TTFT s", "least", "most", "speedup", *PARTS, "tok/s",
     "read MB", "peak MB", "x limit", "x shapes", "x copy", "x new",
 )  # fmt: skip
 WIDTHS = (8, 6, 18, 6, 8, 8, 8, 7, 7, 7, 7, 10, 12, 7, 7, 8, 8, 8, 9, 7, 7)

@@ -160,7 +160,7 @@ class Payload:
         return hasher.digest()
 
     def split(self, nbytes: int) -> list[Payload]:
-        """Groups of layers of at most so many bytes each, but of one layer at least."""
+        """Groups of layers of at most ``nbytes`` each, but of one layer at least."""
         n_layers = self.header.shape[0]
         each = max(1, n_layers * nbytes // max(1, self.nbytes))
         return [

@@ -57,7 +57,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="separated by commas; own is each method's own (default: 0.15)",
     )
     run.add_argument("--half", choices=("first", "second"), help="of each set: tune, then report")
-    run.add_argument("--limit", type=int, help="at most so many rows of each set")
+    run.add_argument("--limit", type=int, help="rows of each set at most")
     run.add_argument(
         "--quick",
         action="store_true",

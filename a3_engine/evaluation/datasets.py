@@ -83,7 +83,7 @@ def read_examples(
     Parameters
     ----------
     limit : int or None
-        At most so many rows.
+        Rows at most.
     chunker : Chunker or None
         Cuts long contexts, after taking out the middle of those that the window would not hold;
         None keeps each whole.

@@ -187,7 +187,7 @@ class FusedLayer(DynamicLayer):
         return self._keys, self._values
 
     def make_room(self, n_tokens: int) -> int:
-        """Have free slots for so many tokens at least; how many there are."""
+        """Have at least ``n_tokens`` free slots; returns how many there are."""
         missing = self.length + n_tokens - self._keys.shape[2]
         if missing > 0:
             more = (0, 0, 0, missing + ROOM)

@@ -4,6 +4,9 @@ Context moves the keys and values of a chunk's tokens, and it moves tokens with 
 alike. The recomputed tokens show how far: each other token is moved by a mean of their moves,
 weighted by how similar its stored value is to theirs. Keys are compared without position.
 
+The chunk that opens a prompt is moved once more: the first tokens of it are stored twice, with
+the stand-in before them and without, which shows how far the stand-in has moved the rest.
+
 After the idea of AgentKVShift (arXiv 2607.21604), which adds one mean move to all tokens.
 """
 
@@ -33,7 +36,7 @@ class KVCorrection:
     temperature : float
         Of the softmax over cosine similarities; low follows only the most similar tokens.
     probes : int
-        At most so many recomputed tokens, evenly taken, show the way.
+        Recomputed tokens that show the way at most, evenly taken.
     head_strength : float
         Share of the move of its head that the rest of a prompt's first chunk follows; see
         :meth:`follow_head`.

@@ -217,7 +217,7 @@ class DiskStore:
             self._index.remove_keys(keys)
 
     def shrink(self, nbytes: int) -> set[str]:
-        """Remove the least recently used chunks until the store takes at most so many bytes."""
+        """Remove the least recently used chunks until the store takes at most ``nbytes``."""
         with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.make_room(nbytes)
 

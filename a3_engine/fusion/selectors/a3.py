@@ -57,7 +57,7 @@ class A3(LayerSelector):
         logits = (query @ key.T).float() / math.sqrt(heads * head_dim)
 
         behind_prefix = torch.arange(layout.prefix_tokens, layout.n_tokens, device=device)
-        # Causal within the question only: its words may also stand ahead of the documents.
+        # Causal within the question only: its words may also stand before the documents.
         asks = torch.isin(behind_prefix, question)
         later = asks & (behind_prefix > question[:, None])
         logits[: len(question)].masked_fill_(later, float("-inf"))

@@ -16,7 +16,7 @@ from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 from a3_engine.model.masks import LocalGlobal
 
-# Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
+# Attention to a chunk's first token counts START_WEIGHT times more; START_TOKENS later, a third of it.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
 WINDOW = 64  # tokens
 SHARED = 2  # times the picked ones are attended to by all
@@ -36,7 +36,7 @@ class Mend(QuestionSelector):
     ratio : float
         Share of the chunk tokens to recompute.
     least : int
-        Tokens to recompute in any case, where there are so many: in short prompts each chunk is a
+        Tokens to recompute at least, where the chunks have as many: in short prompts each chunk is a
         large part, and a small share of them is few tokens to learn from. It counts for the
         method's own ratio alone; one that is asked for is meant as it is.
     correction : KVCorrection or None
@@ -48,8 +48,8 @@ class Mend(QuestionSelector):
         From a share of the depth on, the share of the picked tokens that is still computed; see
         :mod:`a3_engine.fusion.layer_pruning`.
     long_tokens : int
-        Up to so many chunk tokens, the computed ones attend to everything before them in all
-        layers. Beyond, only in so many of the lower layers that it costs no more than that, though
+        Up to this number of chunk tokens, the computed ones attend to everything before them in all
+        layers. Beyond, only in as many of the lower layers as cost no more than that, though
         in a third of them at least; above, to as many tokens again as are picked, those that the
         question attends to next, to each other, and to the 64 tokens up to themselves.
     """
