@@ -41,7 +41,7 @@ def measure_decoding(
 
     Requests are fused by full reuse. ``one`` and ``generate`` count the tokens after the first, by
     the time between them. ``request`` and ``at_once`` count all tokens, by the time from the call
-    to the last token of the last answer: of one request in a thread, and of all at once. ``step`` and
+    to the last token of the last answer: of one request in a thread, and of all. ``step`` and
     ``steps`` are the model's steps alone, for one cache and for all, with no token chosen.
     """
     prompt = engine.plan(QUESTION, chunks)

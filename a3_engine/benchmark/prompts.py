@@ -1,4 +1,4 @@
-"""Prompts with an exact number of tokens of retrieved context, from the shipped sample's real text."""
+"""Prompts with an exact number of retrieved tokens, from the shipped sample's real text."""
 
 from __future__ import annotations
 

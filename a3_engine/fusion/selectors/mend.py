@@ -16,7 +16,7 @@ from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 from a3_engine.model.masks import LocalGlobal
 
-# Attention to a chunk's first token counts START_WEIGHT times more; START_TOKENS later, a third of it.
+# Attention to a chunk's first token counts for this much more; START_TOKENS later, for a third.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
 WINDOW = 64  # tokens
 SHARED = 2  # times the picked ones are attended to by all
@@ -36,7 +36,7 @@ class Mend(QuestionSelector):
     ratio : float
         Share of the chunk tokens to recompute.
     least : int
-        Tokens to recompute at least, where the chunks have as many: in short prompts each chunk is a
+        Tokens to recompute at least, where there are as many: in short prompts each chunk is a
         large part, and a small share of them is few tokens to learn from. It counts for the
         method's own ratio alone; one that is asked for is meant as it is.
     correction : KVCorrection or None
