@@ -8,7 +8,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from a3_engine.benchmark import simulate
 from a3_engine.benchmark.plots import stacked_parts
 from a3_engine.benchmark.run import run
 from a3_engine.benchmark.table import tables
@@ -59,12 +58,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     run.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, int4")
-    run.add_argument(
-        "--simulate",
-        action="store_true",
-        help="measure nothing; print what other models and machines would take, by their data "
-        "sheets, for --contexts and the first of --ratios",
-    )
     run.add_argument("--json", action="store_true", help="print one JSON object")
     run.add_argument("--plot", type=Path, help="draw the parts into a .png, .svg or .pdf file")
     run.set_defaults(run=run_bench)
@@ -75,9 +68,6 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.plot:
         check_suffix(options.plot)
     ratios = [float(ratio) for ratio in options.ratios.split(",")]
-    if options.simulate:
-        print(simulate.tables(options.contexts, ratios[0]))
-        return
     methods = make_methods(options.methods.split(","), ratios)
     load = partial(load_model, options.model, cache_dir=default_cache_dir(), dtype=options.dtype)
     with tempfile.TemporaryDirectory(prefix="a3-bench-") as store:
