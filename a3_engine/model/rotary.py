@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from a3_engine.devices import send
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.model.kv_shape import kv_shape
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each layer
 
@@ -29,7 +30,7 @@ class Rotation:
     ----------
     inv_freq : sequence of torch.Tensor
         Of each layer fp32, shape ``(rotary_dim / 2,)``, on the CPU. A layer without position (NoPE)
-        has zeros: turning by nothing.
+        has zeros: turning by nothing. One without keys has none.
     max_tokens : int or None
         Longest prompt for which these frequencies hold (longrope changes them beyond it).
     adjacent : bool
@@ -138,7 +139,9 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
     UnsupportedModelError
         The decoder has no rotary embedding, or one whose frequencies depend on the prompt's length.
     """
-    rotary = getattr(decoder, "rotary_emb", None)
+    rotary, shapes = getattr(decoder, "rotary_emb", None), kv_shape(decoder).layers
+    if rotary is None and any(shape.folds for shape in shapes):  # they know the order of tokens
+        return Rotation([torch.zeros(0)] * len(decoder.layers))
     if rotary is None:
         raise UnsupportedModelError(
             "the model has no rotary position embedding (ALiBi, learned or no positions)"
@@ -164,8 +167,10 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
             max_tokens = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-        row = _inv_freq(rotary, kind if per_type else None)
-        rows.append(row)
+        rows.append(_inv_freq(rotary, kind if per_type else None))
+    for index, shape in enumerate(shapes):
+        if not shape.attends:
+            rows[index] = torch.zeros(0)
     return Rotation(rows, max_tokens)
 
 
