@@ -26,6 +26,7 @@ from a3_engine.model.attention import has_window
 from a3_engine.model.batch_cache import step
 from a3_engine.model.cache_argument import takes_cache
 from a3_engine.model.hooks import arguments, install_hooks
+from a3_engine.model.kv_shape import mixers
 from a3_engine.model.latent import is_latent
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
@@ -61,8 +62,12 @@ TESTED = frozenset(
         "granite_swa",
         "granitemoe",
         "granitemoe_swa",
+        "granitemoehybrid",
         "helium",
+        "kimi_linear",
         "laguna",
+        "lfm2",
+        "lfm3",
         "llama",
         "mimo_v2_flash",
         "minimax_m2",
@@ -73,6 +78,7 @@ TESTED = frozenset(
         "mixtral",
         "nanochat",
         "nemotron",
+        "nemotron_h",
         "olmo2",
         "olmo3",
         "olmoe",
@@ -83,7 +89,10 @@ TESTED = frozenset(
         "qwen2_5_vl_text",
         "qwen2_moe",
         "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
         "seed_oss",
         "smollm3",
         "stablelm",
@@ -164,7 +173,12 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     if any(getattr(each, "indexer", None) is not None for each in attentions):
         raise UnsupportedModelError("an indexer picks the keys that its attention sees")
-    if getattr(config, "kv_lora_rank", None) and not all(map(is_latent, layers)):
+    latent = [
+        is_latent(layer)
+        for layer, mixer in zip(layers, mixers(decoder), strict=True)
+        if mixer is None
+    ]
+    if getattr(config, "kv_lora_rank", None) and not all(latent):
         raise UnsupportedModelError("it keeps latents (MLA) in a way that the engine does not know")
     return decoder
 

@@ -68,25 +68,27 @@ class LayerShape(NamedTuple):
         return self.heads * (self.key_dim + self.value_dim)
 
     def cut(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A folding layer's input, ``(prompts, tokens, size)``, as keys and values."""
+        """A folding layer's input, ``(prompts, tokens, size)``, as keys and values; filled up."""
         sizes = [self.heads * self.key_dim, self.heads * self.value_dim]
+        inputs = torch.nn.functional.pad(inputs, (0, sum(sizes) - inputs.shape[-1]))
         keys, values = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            part.view(*part.shape[:2], self.heads, -1).transpose(1, 2)
             for part in torch.split(inputs, sizes, dim=-1)
         )
         return keys, values
 
-    def joined(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def joined(self, keys: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
         """The inverse of :meth:`cut`."""
-        return torch.cat([part.transpose(1, 2).flatten(2) for part in (keys, values)], dim=-1)
+        parts = [part.transpose(1, 2).flatten(2) for part in (keys, values)]
+        return torch.cat(parts, dim=-1)[..., :size]
 
 
 @dataclass(frozen=True)
 class KVShape:
     """The shapes of a model's keys and values, of every layer that has its own.
 
-    Where layers differ (Gemma 4, hybrids), their heads are cut into pieces of one size, and the pieces of
-    all heads of all layers take the place of a chunk's layers, with one head each.
+    Where layers differ (Gemma 4, hybrids), their heads are cut into pieces of one size, and the
+    pieces of all heads of all layers take the place of a chunk's layers, with one head each.
     """
 
     layers: tuple[LayerShape, ...]
@@ -152,11 +154,13 @@ class KVShape:
 
 def _cut(states: torch.Tensor, size: int) -> torch.Tensor:
     """``(heads, tokens, head_dim)`` as ``(pieces, 1, tokens, size)``."""
-    heads, tokens, _ = states.shape
-    return states.reshape(heads, tokens, -1, size).transpose(1, 2).flatten(0, 1)[:, None]
+    heads, tokens, dim = states.shape
+    pieces = states.reshape(heads, tokens, dim // size, size).transpose(1, 2)
+    return pieces.flatten(0, 1)[:, None]
 
 
 def _joined(pieces: torch.Tensor, heads: int) -> torch.Tensor:
     """The inverse of :func:`_cut`."""
-    _, _, tokens, size = pieces.shape
-    return pieces.reshape(heads, -1, tokens, size).transpose(1, 2).flatten(2)
+    n_pieces, _, tokens, size = pieces.shape
+    each = n_pieces // max(heads, 1)
+    return pieces.reshape(heads, each, tokens, size).transpose(1, 2).flatten(2)

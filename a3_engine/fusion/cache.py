@@ -231,9 +231,7 @@ class FusedLayer(DynamicLayer):
         self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int
     ) -> FusedLayer:
         """Another layer of its kind."""
-        return FusedLayer(
-            keys, values, n_prompt, n_evicted, self.is_sliding, self.shape.latent
-        )
+        return FusedLayer(keys, values, n_prompt, n_evicted, self.is_sliding, self.shape.latent)
 
     def get_seq_length(self) -> int:
         return 0 if self.pending else self.length + self.n_evicted
@@ -259,7 +257,7 @@ class FoldedLayer(FusedLayer, Folding):
         n_evicted: int = 0,
         n_states: int = 1,
     ) -> None:
-        Folding.__init__(self, n_states)
+        LinearAttentionLayer.__init__(self, n_states)
         FusedLayer.__init__(self, keys, values, n_prompt, n_evicted)
         self.shape = self.shape._replace(folds=n_states)
 

@@ -229,11 +229,11 @@ class FusionPass:
         cached.rows = mask.slots
         cached.before_write = (
             partial(self._before_write, index, cached, self.rows)
-            if self._before_write and self.selected is not None and not cached.shape.folds
+            if self._before_write and self.selected is not None and cached.shape.attends
             else None
         )
         args, kwargs = self._sliced(args, kwargs, self._given)
-        last = index == len(cache.layers) - 1 and not cached.shape.folds
+        last = index == len(cache.layers) - 1 and cached.shape.attends
         if last and self.last_token_only and self.observer is None:
             cached.complete(*capture(layer, args, kwargs).kept)
             before = self.rows

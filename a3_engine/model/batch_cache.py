@@ -51,7 +51,7 @@ class BatchStates(LinearAttentionLayer):
         for place, layer in enumerate(self._layers):
             layer.take(inputs[place : place + 1])
         first = self._layers[0]
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+        self.has_previous_state = dict.fromkeys(range(self.number_of_states), True)
         self.conv_kernel_size = first.conv_kernel_size
         self.is_conv_states_initialized = first.is_conv_states_initialized
         self.is_recurrent_states_initialized = first.is_recurrent_states_initialized
@@ -65,8 +65,8 @@ class BatchStates(LinearAttentionLayer):
         """Hand the states back."""
         for name, together in self._states().items():
             for index, states in together.items():
-                for place, layer in enumerate(self._layers if states is not None else ()):
-                    getattr(layer, name)[index] = states[place : place + 1]
+                for layer, own in zip(self._layers, () if states is None else states, strict=False):
+                    getattr(layer, name)[index] = own[None]
         return outputs
 
     def _states(self) -> dict[str, dict[int, torch.Tensor | None]]:

@@ -42,17 +42,17 @@ class Folding(LinearAttentionLayer):
         """
         layer: Any = self
         before, rows = layer.get_seq_length(), self.rows
-        kept = layer.update(*self.shape.cut(inputs))
-        n_kept = kept[0].shape[2]
+        keys, values = layer.update(*self.shape.cut(inputs))
+        n_kept = keys.shape[2]
         fresh = not before or self._folded != before  # or cut back since
         self._folded, self._wanted = n_kept, None
         if not fresh:
             return inputs
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
+        self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
         if inputs.shape[1] == n_kept:
             return inputs
         self._wanted = torch.arange(before, n_kept) if rows is None else rows
-        return self.shape.joined(*kept)
+        return self.shape.joined(keys, values, inputs.shape[2])
 
     def give(self, outputs: torch.Tensor) -> torch.Tensor:
         """The mixer's outputs at the tokens that were taken."""
@@ -67,8 +67,11 @@ class OrdinaryFolding(DynamicLayer, Folding):
 
     lazy_initialization = LinearAttentionLayer.lazy_initialization  # type: ignore[assignment]
 
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
     def __init__(self, shape: LayerShape) -> None:
-        Folding.__init__(self, shape.folds)
+        LinearAttentionLayer.__init__(self, shape.folds)
         DynamicLayer.__init__(self)
         self.shape = shape
 

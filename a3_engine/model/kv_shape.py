@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ def ordinary_cache(decoder: PreTrainedModel) -> Cache:
     shapes = kv_shape(decoder).layers
     if not any(shape.folds for shape in shapes):
         return DynamicCache()
-    return Cache(layers=[OrdinaryFolding(each) if each.folds else DynamicLayer() for each in shapes])
+    return Cache(
+        layers=[OrdinaryFolding(each) if each.folds else DynamicLayer() for each in shapes]
+    )
 
 
 @torch.inference_mode()
@@ -59,7 +61,8 @@ def _shown(decoder: PreTrainedModel) -> tuple[KVShape, list[nn.Module | None]]:
     token = torch.zeros(1, 1, dtype=torch.long, device=input_device(decoder))
     with _cached(decoder.layers) as cached:
         decoder(input_ids=token, **with_cache(decoder, cache), use_cache=True)
-    shapes, folding = [], [None] * len(decoder.layers)
+    shapes: list[LayerShape] = []
+    folding: list[nn.Module | None] = [None] * len(decoder.layers)
     for layer, kept in zip(decoder.layers, cache.layers, strict=False):
         keys, values = getattr(kept, "keys", None), getattr(kept, "values", None)
         if keys is None or values is None:  # it keeps nothing, or a state
@@ -74,27 +77,19 @@ def _shown(decoder: PreTrainedModel) -> tuple[KVShape, list[nn.Module | None]]:
                 raise UnsupportedModelError(f"its layer {index} folds tokens beside its attention")
             ((folding[index], size),) = cached[index].items()
             shapes[index] = _of_inputs(size, shapes)._replace(folds=kept.number_of_states)
-    while shapes[-1] == NOTHING:  # layers that attend to what others keep, which come last
-        shapes.pop()
-    decoder.layers._a3_kept = known = KVShape(tuple(shapes)), folding  # type: ignore[union-attr]
+    while shapes[-1] == NOTHING and cached[len(shapes) - 1]:
+        shapes.pop()  # it attends to what another keeps; such layers come last
+    known = KVShape(tuple(shapes)), folding
+    decoder.layers._a3_kept = known  # type: ignore[union-attr, assignment]
     return known
 
 
 def _of_inputs(size: int, layers: Sequence[LayerShape]) -> LayerShape:
-    """How so many numbers are cut: into keys and values whose sizes are to each other as in these.
-
-    So chunks have pieces as large as attention's keys and values, or a common part of them.
-    """
-    attention = [layer for layer in layers if layer != NOTHING and not layer.folds]
-    key_dim = gcd(*(layer.key_dim for layer in attention)) or 1
-    value_dim = gcd(*(layer.value_dim for layer in attention)) or 1
-    parts = gcd(key_dim, value_dim)
-    pair = (key_dim + value_dim) // parts
-    times = next((n for n in range(parts, 0, -1) if parts % n == 0 and size % (n * pair) == 0), 0)
-    if not times:
-        raise UnsupportedModelError("its layers' keys, values and inputs have no common measure")
-    key_dim, value_dim = (times * dim // parts for dim in (key_dim, value_dim))
-    return LayerShape(size // (key_dim + value_dim), key_dim, value_dim)
+    """So many numbers, cut into keys and values as large as the smallest piece of attention's."""
+    attention = [layer for layer in layers if layer.attends]
+    key_dim = math.gcd(*(layer.key_dim for layer in attention)) or size
+    value_dim = math.gcd(*(layer.value_dim for layer in attention))
+    return LayerShape(math.ceil(size / (key_dim + value_dim)), key_dim, value_dim)
 
 
 @contextmanager

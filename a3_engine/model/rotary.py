@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -139,8 +140,9 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
     UnsupportedModelError
         The decoder has no rotary embedding, or one whose frequencies depend on the prompt's length.
     """
-    rotary, shapes = getattr(decoder, "rotary_emb", None), kv_shape(decoder).layers
-    if rotary is None and any(shape.folds for shape in shapes):  # they know the order of tokens
+    shapes = kv_shape(decoder).layers
+    rotary = next((part for part in decoder.children() if _frequencies(part)), None)
+    if rotary is None and any(shape.folds for shape in shapes):  # these know the order of tokens
         return Rotation([torch.zeros(0)] * len(decoder.layers))
     if rotary is None:
         raise UnsupportedModelError(
@@ -156,7 +158,10 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
     }
 
     rows, max_tokens = [], None
-    for kind in layer_types:
+    for kind, shape in zip_longest(layer_types, shapes):
+        if shape is not None and not shape.attends:
+            rows.append(torch.zeros(0))
+            continue
         rope = per_type.get(kind, parameters)
         rope_type = rope.get("rope_type", "default")
         if rope_type == "dynamic":
@@ -168,10 +173,11 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
                 config, "original_max_position_embeddings", None
             )
         rows.append(_inv_freq(rotary, kind if per_type else None))
-    for index, shape in enumerate(shapes):
-        if not shape.attends:
-            rows[index] = torch.zeros(0)
     return Rotation(rows, max_tokens)
+
+
+def _frequencies(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
 
 
 def _inv_freq(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:

@@ -58,7 +58,8 @@ def fused_logits(engine: A3Engine, prompt: Prompt, selector: str, ratio: float) 
 def full_prefill(engine: A3Engine, prompt: Prompt):
     with torch.inference_mode():
         return engine.runtime.model(
-            input_ids=torch.tensor([prompt.ids]), **with_cache(engine.runtime.model, DynamicCache())
+            input_ids=torch.tensor([prompt.ids]),
+            **with_cache(engine.runtime.model, empty_cache(engine.runtime.model)),
         )
 
 
@@ -67,9 +68,7 @@ def empty_cache(model) -> Cache:
     layers = DynamicCache(config=model.config).layers
     if not any(isinstance(layer, LinearAttentionLayer) for layer in layers):
         return DynamicCache()
-    kinds = [
-        layer if isinstance(layer, LinearAttentionLayer) else DynamicLayer() for layer in layers
-    ]
+    kinds = [DynamicLayer() if isinstance(layer, DynamicLayer) else layer for layer in layers]
     return Cache(layers=kinds)
 
 
@@ -81,7 +80,9 @@ class Folded:
         names = ("linear_attn", "conv", "mamba", "mixer", "self_attn")
         self.kinds = [type(layer) for layer in empty_cache(model).layers]
         self.mixers = {
-            index: next(getattr(layers[index], name) for name in names if hasattr(layers[index], name))
+            index: next(
+                getattr(layers[index], name) for name in names if hasattr(layers[index], name)
+            )
             for index, kind in enumerate(self.kinds)
             if kind is LinearAttentionLayer
         }
@@ -196,6 +197,8 @@ def test_first_chunk_behind_its_prefix_is_exact(tiny_engine, architecture):
     for attempt in ("computed", "loaded"):
         _, cache = engine.prepare(prompt, selector="full_reuse")
         for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+            if isinstance(theirs, LinearAttentionLayer):
+                continue
             keys, values = ours.stored()
             scale = theirs.keys.abs().max()
             torch.testing.assert_close(

@@ -64,7 +64,9 @@ class LayerSelector(Selector):
         fusion = self._start(run, run.cache)
         layer = next((i for i in attending(run.cache.layers) if i >= self.layer), None)
         if layer is None:
-            raise ValueError(f"{self.name} selects at layer {self.layer}, and none attends from there on.")
+            raise ValueError(
+                f"{self.name} selects at layer {self.layer}, and none attends from there on."
+            )
         fusion.select_at = SelectAt(layer, self.select)
         return Prepared(run.cache, fusion)
 
