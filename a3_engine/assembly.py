@@ -80,6 +80,9 @@ def assemble(
                 "A compression keeps other tokens for each head, and the model keeps one latent "
                 "for all heads. Choose none for this model."
             )
+        for start, kv in tuple(over):
+            if (moved := selector.moved_by_head(kv_at[start], kv, cache)) is not None:
+                over.append((start + kv.n_tokens, moved))
         brought = load_chunks(cache, rotation, list(kv_at.items()), over)
         cache.on_device = list(zip(laid, brought, strict=False))
         if prefix is not None:
