@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,21 +84,30 @@ class Request:
         Where the device's memory does not suffice, what it keeps for later requests is given up,
         and the request is tried once more.
         """
-        emitted = False
+        said: list[str] = []
+        with ExitStack() as unanswered:
+            if self.runtime.turns is not None:
+                unanswered.enter_context(self.runtime.turns.until_first_token())
 
-        def emit_on(text: str) -> None:
-            nonlocal emitted
-            emitted = True
-            emit(text)
+            def emit_on(text: str) -> None:
+                unanswered.close()
+                said.append(text)
+                emit(text)
 
-        try:
-            return self._attempt(emit_on, abandoned)
-        except torch.OutOfMemoryError as error:
-            if emitted:
-                raise
-            logger.warning("%s. What is kept for later requests is given up for this one.", error)
-        self.runtime.make_room()  # here, since the error keeps alive what the first try held
-        return self._attempt(emit_on, abandoned)
+            try:
+                report = self._attempt(emit_on, abandoned)
+            except torch.OutOfMemoryError as error:
+                if said:
+                    raise
+                logger.warning(
+                    "%s. What is kept for later requests is given up for this one.", error
+                )
+                report = None
+            if report is None:  # here, since the error keeps alive what the first try held
+                self.runtime.make_room()
+                report = self._attempt(emit_on, abandoned)
+        self._keep_turns(report, "".join(said))
+        return report
 
     def _attempt(self, emit: Callable[[str], None], abandoned: Callable[[], bool]) -> FusionReport:
         runtime, prompt, sampling = self.runtime, self.prompt, self.sampling
@@ -158,6 +168,19 @@ class Request:
         runtime.reports.append(report)
         return report
 
+    def _keep_turns(self, report: FusionReport, answer: str) -> None:
+        """Let the conversation's turns be stored; an answer that may be a call is none yet."""
+        runtime, prompt, sampling = self.runtime, self.prompt, self.sampling
+        if (
+            runtime.turns is None
+            or report.finish_reason == "abandoned"
+            or not self.method.selector.uses_chunks
+            or why_not_kept(runtime, prompt, sampling.max_new_tokens) is not None
+        ):
+            return
+        called = sampling.grammar or any(mark in answer for mark in sampling.shown)
+        runtime.turns.keep(prompt.turns if called else runtime.planner.answered(prompt, answer))
+
     @property
     def _serves_later(self) -> bool:
         """Whether later prompts may go on with this request's cache, which leaves nothing out."""
@@ -176,6 +199,7 @@ class Request:
             prompt_tokens=prompt.n_tokens,
             fallback_reason=why_prefill(runtime, prompt, method, self.sampling.max_new_tokens),
             plan_s=self.plan_s,
+            conversation=prompt.conversation.tag if prompt.conversation else "",
         )
         if report.fused and runtime.library is not None:
             report.stand_in = runtime.library.stand_in

@@ -53,7 +53,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--at-once",
         type=_count,
         default=0,
-        help="also decode so many requests at once, beside one and transformers' generate",
+        help="also decode N requests at once, beside one and transformers' generate",
     )
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")

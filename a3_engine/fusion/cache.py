@@ -188,7 +188,7 @@ class FusedLayer(DynamicLayer):
         return self._keys, self._values
 
     def make_room(self, n_tokens: int) -> int:
-        """Have free slots for so many tokens at least; how many there are."""
+        """Have at least ``n_tokens`` free slots; returns how many there are."""
         missing = self.length + n_tokens - self._keys.shape[2]
         if missing > 0:
             more = (0, 0, 0, missing + ROOM)
@@ -209,7 +209,7 @@ class FusedLayer(DynamicLayer):
         slots : torch.Tensor
             Sorted; shape ``(slots,)``, or ``(kv_heads, slots)`` where each head keeps others.
         room : int
-            Empty slots behind them.
+            Empty slots after them.
         """
         self.arrive()
         slots = send(slots, self.device).expand(self._keys.shape[1], -1)
@@ -279,10 +279,10 @@ class FusedCache(SteeringCache):
     passing : bool
         Whether the forward that goes on now is the first.
     observer : callable or None
-        Sees every attention of the tokens behind the prompt; see
+        Sees every attention of the tokens after the prompt; see
         :class:`~a3_engine.model.masks.RowMask`, whose positions are slots here.
     compressor : Compressor or None
-        Cuts the cache behind the first token.
+        Cuts the cache after the first token.
     on_device : list of (Segment, ChunkKV)
         What was brought to the device for it, whole once its pass is over.
     """

@@ -113,7 +113,7 @@ class BatchCache(SteeringCache):
 def step(
     model: nn.Module, ids: Sequence[int], caches: Sequence[Cache], device: Any
 ) -> torch.Tensor:
-    """Logits behind one token of each request, shape ``(requests, 1, vocabulary)``.
+    """Logits after one token of each request, shape ``(requests, 1, vocabulary)``.
 
     Parameters
     ----------

@@ -157,7 +157,7 @@ class Probe:
 
 
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
-    """Of ``(rows, vocabulary)``, in fp64 on the CPU: in fp32 the sum of so many is no number."""
+    """Of ``(rows, vocabulary)``, in fp64 on the CPU: in fp32 the sum may overflow."""
     return torch.log_softmax(logits.cpu().double(), dim=-1)
 
 
