@@ -57,11 +57,15 @@ class Fidelity:
     ttft_s: float
 
 
-@torch.inference_mode()
 def full_prefill(engine: A3Engine, example: Example) -> Reference:
     """The reference of an example."""
-    prompt = example_prompt(engine, example)
-    gold = list(engine.runtime.planner.tokenize_text(example.answers[0]))
+    return reference_of(engine, example_prompt(engine, example), example.answers[0])
+
+
+@torch.inference_mode()
+def reference_of(engine: A3Engine, prompt: Prompt, accepted: str) -> Reference:
+    """The reference of a prompt, with its accepted answer."""
+    gold = list(engine.runtime.planner.tokenize_text(accepted))
     cache = DynamicCache()  # one with a config cannot be cut back where a window slides
     started = time.perf_counter()
     logits = _forward(engine, prompt.ids, cache)[-1:]

@@ -22,6 +22,7 @@ from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
 from a3_engine.report import TokenLogprob
 from a3_engine.shared import is_shared, shared_engine
+from a3_engine.turns import DAY_S
 from a3_integrations.langchain.documents import chunk_of
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,14 @@ class A3Settings(BaseModel):
         default=0, ge=0, description="With logprobs: the likeliest tokens in each place, too."
     )
     seed: int | None = Field(default=None, description="Of sampling; torch's own where None.")
+    conversation: str | None = Field(
+        default=None,
+        description="Whose turns a chat's messages are; LangGraph's thread_id or a history's "
+        "session_id where None, and without these what was said.",
+    )
+    turns_kept_s: float = Field(
+        default=DAY_S, ge=0, description="Seconds that finished turns are kept; 0 keeps none."
+    )
     engine: A3Engine = Field(
         default=None,  # type: ignore[assignment]
         exclude=True,

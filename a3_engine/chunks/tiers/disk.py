@@ -193,6 +193,22 @@ class DiskStore:
         self._reopen_if_replaced()
         return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
 
+    def used_since(self, keys: Iterable[str], since: float) -> set[str]:
+        """Those of the keys that are stored, and were used after a time in seconds."""
+        with self._errors("The index cannot be read in"):
+            return {key for key in keys if self._index.contains(key, since)}
+
+    def expire(self, tags: str, before: float) -> set[str]:
+        """Remove what has a tag that begins so, and was last used before a time in seconds."""
+        with self._errors("Chunks cannot be removed from"):
+            if self.readonly or not self._index.expired(tags, before):
+                return set()
+            with self._changing():
+                gone = self._index.remove_keys(self._index.expired(tags, before))
+                self._index.forget_tags(tags)
+                self._index.wipe()
+                return gone
+
     def state(self) -> str:
         """What stays the same as long as all that was stored is there."""
         with self._errors("The index cannot be read in"):
