@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from a3_engine.assembly import assemble, touch
@@ -23,6 +22,7 @@ from a3_engine.fusion.fusion_pass import Abandoned
 from a3_engine.fusion.selectors.base import Prepared
 from a3_engine.method import Method
 from a3_engine.model.attention import install
+from a3_engine.model.kv_shape import ordinary_cache
 from a3_engine.report import FusionReport, Trace
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Prompt
@@ -119,9 +119,9 @@ class Request:
         if self._serves_later:
             prefix, reused = runtime.prefix_cache.find(prompt.ids, selector)
         prepared: Prepared | None = None
-        # Without a config no layer becomes a sliding one, which would drop tokens outside its
-        # window.
-        cache: Cache | None = DynamicCache() if self._serves_later else None
+        cache: Cache | None = None
+        if self._serves_later:
+            cache = ordinary_cache(runtime.model.get_decoder())
         try:
             if runtime.gate.rotation is not None:
                 install(runtime.model)  # its owner may have chosen another attention since
