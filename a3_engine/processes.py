@@ -11,9 +11,9 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from types import MethodType, TracebackType
 
-_in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
+_in_child: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()  # its method
 _at_exit: list[Callable[[], None]] = []
 _waited_for: weakref.WeakSet[Lock | Entered] = weakref.WeakSet()
 _held: dict[int, list[Lock | Entered]] = {}  # by the thread that forks
@@ -109,7 +109,8 @@ class Entered:
 
 def make_anew_in_child(renew: Callable[[], None]) -> None:
     """Call an object's method in every forked child, as long as the object lives."""
-    _in_child.append(weakref.WeakMethod(renew, _in_child.remove))
+    assert isinstance(renew, MethodType)
+    _in_child[renew.__self__] = renew.__name__
 
 
 def end_at_exit(end: Callable[[], None]) -> None:
@@ -134,9 +135,8 @@ def _let_go() -> None:
 
 def _renew_all() -> None:
     _held.clear()
-    for method in _in_child:
-        if (renew := method()) is not None:
-            renew()
+    for owner, renew in list(_in_child.items()):  # objects may go meanwhile
+        getattr(owner, renew)()
 
 
 @atexit.register

@@ -174,6 +174,8 @@ class PromptPlanner:
 
     def plan_raw(self, text: str) -> Prompt:
         """Segments of a finished prompt, in which control tokens count outside known chunks."""
+        if not isinstance(text, str):
+            raise TypeError(f"A finished prompt is a text, not {type(text).__name__}.")
         text = clean(text)
         if not text:
             raise ValueError("The prompt is empty.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from a3_engine.processes import Lock, make_anew_in_child
 from tests.engine.conftest import LONG
 from tests.engine.test_requests import ASK, LAMP, SHORE
 
@@ -69,6 +70,28 @@ print([os.waitpid(child, 0)[1] for child in children], flush=True)
 os._exit(0)
 """
     assert run(script, tmp_path).strip() == "[0, 0, 0, 0]"
+
+
+def test_what_goes_while_a_child_begins_hides_no_lock():
+    """Garbage of the parent may be collected at that moment."""
+
+    class Holder:
+        def __init__(self):
+            self.held = [Lock() for _ in range(3)]
+            make_anew_in_child(self.go)
+
+        def go(self):
+            self.held = []
+
+    holder = Holder()
+    locks = [Lock() for _ in range(4)]
+    for lock in locks:
+        lock.acquire()
+    child = os.fork()
+    if child == 0:
+        os._exit(sum(not lock.acquire(blocking=False) for lock in locks))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(holder.held) == 3
 
 
 def test_a_thread_of_the_program_finishes_its_answer(tmp_path):
