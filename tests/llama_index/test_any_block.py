@@ -23,14 +23,17 @@ BYTES = st.one_of(
 DATA = BYTES.map(base64.b64encode)
 HERE = st.sampled_from([__file__, "pyproject.toml"])  # a block takes only files that are there
 TEXT = st.builds(types.TextBlock, text=TEXTS)
-PLAIN = st.one_of(
+CITABLE = st.one_of(
     TEXT,
     st.builds(types.ImageBlock, image=DATA),
-    st.builds(types.AudioBlock, audio=DATA),
-    st.builds(types.VideoBlock, video=DATA),
+    st.builds(types.ImageBlock, path=HERE),
     st.builds(types.DocumentBlock, data=st.one_of(BYTES, DATA), title=TEXTS),
     st.builds(types.DocumentBlock, path=HERE, title=TEXTS),
-    st.builds(types.ImageBlock, path=HERE),
+)
+PLAIN = st.one_of(
+    CITABLE,
+    st.builds(types.AudioBlock, audio=DATA),
+    st.builds(types.VideoBlock, video=DATA),
     st.builds(types.CachePoint, cache_control=st.builds(types.CacheControl, type=TEXTS)),
     st.builds(types.ThinkingBlock, content=st.one_of(st.none(), TEXTS)),
     st.builds(
@@ -46,7 +49,7 @@ BLOCKS = st.one_of(
         types.CitableBlock,
         title=TEXTS,
         source=TEXTS,
-        content=st.lists(st.one_of(TEXT, PLAIN), max_size=2),
+        content=st.lists(CITABLE, max_size=2),
     ),
     st.builds(
         types.CitationBlock,
@@ -97,7 +100,7 @@ def llm(request, tmp_path_factory):
 
 
 @given(st.lists(MESSAGES, min_size=1, max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history_gives_a_prompt_or_a_clear_refusal(llm, history: list[ChatMessage]):
     try:
         assert llm._from_messages(history).n_tokens > 0
