@@ -12,6 +12,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import MethodType, TracebackType
+from typing import Any, Generic, TypeVar, overload
+
+T = TypeVar("T")
 
 _in_child: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()  # its method
 _at_exit: list[Callable[[], None]] = []
@@ -105,6 +108,30 @@ class Entered:
         with self._changed:
             self._forking = False
             self._changed.notify_all()
+
+
+class cached_property(Generic[T]):
+    """`functools.cached_property` as it is from Python 3.12 on.
+
+    That of 3.11 holds one lock for all objects of a class, which a child would inherit locked.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> cached_property[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> cached_property[T] | T:
+        if instance is None:
+            return self
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
 
 
 def make_anew_in_child(renew: Callable[[], None]) -> None:

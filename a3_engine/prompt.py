@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from a3_engine.messages import Chunk, Message, clean
-from a3_engine.processes import Lock
+from a3_engine.processes import Lock, cached_property
 from a3_engine.segments import Match, Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
 

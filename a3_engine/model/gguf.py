@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from a3_engine.errors import ModelLoadError
 from a3_engine.owners import why_not_ours_alone
+from a3_engine.processes import Lock
 
 try:
     import fcntl
@@ -38,7 +38,7 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNPACKING = ".unpacking-"
 MANIFEST = "a3-manifest.json"
 # transformers patches global state while it loads; two loads at once leave it broken.
-LOADING = threading.RLock()
+LOADING = Lock()
 
 
 def demo_gguf() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from a3_engine.processes import Lock, make_anew_in_child
+import a3_engine
+from a3_engine.processes import Lock, cached_property, make_anew_in_child
 from tests.engine.conftest import LONG
 from tests.engine.test_requests import ASK, LAMP, SHORE
 
@@ -92,6 +94,34 @@ def test_what_goes_while_a_child_begins_hides_no_lock():
         os._exit(sum(not lock.acquire(blocking=False) for lock in locks))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(holder.held) == 3
+
+
+def test_a_property_that_a_thread_computes_is_free_in_a_child():
+    """Python 3.11's cached properties hold one for all objects of a class."""
+
+    class Slow:
+        @cached_property
+        def value(self) -> int:
+            inside.set()
+            may_end.wait(60)
+            return 5
+
+    inside, may_end = threading.Event(), threading.Event()
+    slow, other = Slow(), Slow()
+    thread = threading.Thread(target=lambda: slow.value)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(20, exit=True)
+        may_end.set()
+        os._exit(0 if other.value == 5 else 2)
+    may_end.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (slow.value, slow.__dict__) == (5, {"value": 5})
+    for file in Path(a3_engine.__file__).parent.rglob("*.py"):
+        assert "from functools import cached_property" not in file.read_text(), file
 
 
 def test_a_thread_of_the_program_finishes_its_answer(tmp_path):
