@@ -16,7 +16,7 @@ class Span:
     """A run of cached tokens: positions ``start`` to ``stop - 1``.
 
     The first ``exact`` of them have the keys and values of a full prefill, because everything
-    before them is what they were computed behind.
+    before them is what they were computed after.
     """
 
     start: int

@@ -21,6 +21,7 @@ ENGINE_FIELDS = (
     "stand_in",
     "size_limit",
     "codec",
+    "turns_kept_s",
 )
 CALL_FIELDS = (
     *METHOD_OPTIONS,
@@ -33,6 +34,7 @@ CALL_FIELDS = (
     "logprobs",
     "top_logprobs",
     "seed",
+    "conversation",
 )
 
 
@@ -49,11 +51,13 @@ class MethodOptions(TypedDict, total=False):
 class RequestOptions(MethodOptions, total=False):
     """What `A3Engine.generate` and its like take beside the request.
 
-    ``chunks`` are documents to stand before a question given as text. Those from
+    ``chunks`` are documents to stand before a question given as text; ``conversation`` names the
+    one that the request belongs to, see `A3Engine.plan`. Those from
     ``max_new_tokens`` on are the fields of :class:`~a3_engine.decoding.sampling.Sampling`.
     """
 
     chunks: Sequence[str | Chunk]
+    conversation: str | None
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None

@@ -141,7 +141,7 @@ def make_anew_in_child(renew: Callable[[], None]) -> None:
 
 
 def end_at_exit(end: Callable[[], None]) -> None:
-    """Call this when the program ends: behind its own threads, before the interpreter goes.
+    """Call this when the program ends: after its own threads, before the interpreter goes.
 
     What is registered last is called first.
     """

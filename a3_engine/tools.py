@@ -22,7 +22,7 @@ from a3_engine.schemas import without_references
 Tool = dict[str, Any]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-# What calls stand behind in the answers of other models: Mistral's, Granite's, Llama's.
+# What calls stand after in the answers of other models: Mistral's, Granite's, Llama's.
 BEHIND = ("[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>")
 ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
 # Control tokens in some vocabularies; an answer's text is read with them where there are tools.
@@ -171,7 +171,7 @@ class Malformed:
 class CallReader:
     """Tells text from calls while an answer is streamed.
 
-    It knows calls between tags (Hermes, Qwen, SmolLM), behind a mark (Mistral, Granite, Llama), and
+    It knows calls between tags (Hermes, Qwen, SmolLM), after a mark (Mistral, Granite, Llama), and
     an answer that is nothing but calls in JSON. What may become a call is held back until it is
     certain.
 
@@ -314,7 +314,7 @@ def _tagged(text: str) -> tuple[list[ToolCall], list[Malformed]]:
 
 
 def _behind_marks(text: str) -> tuple[list[ToolCall], list[Malformed]]:
-    """Calls behind marks: JSON, or Mistral's ``name[ARGS]{...}``."""
+    """Calls after marks: JSON, or Mistral's ``name[ARGS]{...}``."""
     calls: list[ToolCall] = []
     bad: list[Malformed] = []
     for body in re.split("|".join(map(re.escape, BEHIND)), text):

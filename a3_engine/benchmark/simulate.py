@@ -22,7 +22,7 @@ from a3_engine.model.masks import LocalGlobal
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512
-FRESH_TOKENS = 64  # template and question, behind the chunks
+FRESH_TOKENS = 64  # template and question, after the chunks
 TURNING = 2  # keys are read and written once more
 GIGA, TERA = 1e9, 1e12
 
@@ -119,7 +119,7 @@ class Times:
         return self.read + self.behind_tier
 
     @property
-    def sooner(self) -> float:
+    def speedup(self) -> float:
         """Full prefill's time to first token as a multiple of fusion's."""
         return self.prefill / self.fusion
 
@@ -187,7 +187,7 @@ def simulate(
     Parameters
     ----------
     context : int
-        Tokens of the chunks; a question of 64 stands behind them.
+        Tokens of the chunks; a question of 64 stands after them.
     ratio : float
         Of them that are computed again, evenly spread; fewer in the upper layers, as `mend` does.
     tier_gb_s : float
@@ -245,7 +245,7 @@ class Bandwidths(NamedTuple):
 
 
 def needed_bandwidths(nbytes: float, times: Times, efficiency: Efficiency) -> Bandwidths:
-    """For so many stored bytes, from the times without reading."""
+    """For this number of stored bytes, from the times without reading."""
     saved = times.prefill - times.behind_tier
     per_s = nbytes / (efficiency.transfer * GIGA)
     return Bandwidths(per_s / saved if saved > 0 else inf, per_s / times.behind_tier)
@@ -269,11 +269,13 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
         raw = simulate(shape, machine, tier_gb_s=NVME.gb_s, **settings)
         steps = (raw.prefill, raw.read, raw.copy, raw.select, raw.compute, raw.fusion)
         milliseconds = [f"{1000 * step:,.0f}" for step in steps]
-        goes.append([*case, *milliseconds, f"{raw.sooner:.1f}x", raw.slowest])
+        goes.append([*case, *milliseconds, f"{raw.speedup:.1f}x", raw.slowest])
         best = []
         for tier in TIERS:
             by = {
-                codec: simulate(shape, machine, codec=codec, tier_gb_s=tier.gb_s, **settings).sooner
+                codec: simulate(
+                    shape, machine, codec=codec, tier_gb_s=tier.gb_s, **settings
+                ).speedup
                 for codec in CODECS
             }
             codec = max(by, key=by.__getitem__)
@@ -294,8 +296,8 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
         f"Left out, because it does not fit: {'; '.join(n_evicted) or 'nothing'}.",
         f"Sources: {sources}.",
         f"Simulated milliseconds, raw chunks from {NVME.name}:",
-        _table([*place, *costs, "sooner", "slowest step"], goes),
-        "Simulated: the codec that is soonest from a tier, and how much sooner than full prefill:",
+        _table([*place, *costs, "speedup", "slowest step"], goes),
+        "Simulated: the fastest codec from a tier, and its speedup over full prefill:",
         _table([*place, *(tier.name for tier in TIERS)], calls),
         "Simulated: GB/s that a tier has to have. *even*: fusion is as late as full prefill; "
         "*half*: reading is half of fusion's time:",

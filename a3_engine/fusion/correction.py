@@ -4,6 +4,9 @@ Context moves the keys and values of a chunk's tokens, and it moves tokens with 
 alike. The recomputed tokens show how far: each other token is moved by a mean of their moves,
 weighted by how similar its stored value is to theirs. Keys are compared without position.
 
+The chunk that opens a prompt is moved once more: the first tokens of it are stored twice, with
+the stand-in before them and without, which shows how far the stand-in has moved the rest.
+
 After the idea of AgentKVShift (arXiv 2607.21604), which adds one mean move to all tokens.
 """
 
@@ -15,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from a3_engine.devices import send
-from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import kernels_on, loops
@@ -32,12 +36,49 @@ class KVCorrection:
     temperature : float
         Of the softmax over cosine similarities; low follows only the most similar tokens.
     probes : int
-        At most so many recomputed tokens, evenly taken, show the way.
+        Recomputed tokens that show the way at most, evenly taken.
+    head_strength : float
+        Share of the move of its head that the rest of a prompt's first chunk follows; see
+        :meth:`follow_head`.
     """
 
     strength: float = 0.6
     temperature: float = 0.1
     probes: int = 64
+    head_strength: float = 0.0
+
+    def follow_head(self, chunk: ChunkKV, head: ChunkKV, cache: FusedCache) -> ChunkKV:
+        """The tokens of a prompt's first chunk after its head, moved as the head's tokens are.
+
+        The chunk was computed after a stand-in, which stands nowhere in the prompt. What that does
+        to the head's tokens is known, since they are stored with it and without.
+
+        Parameters
+        ----------
+        chunk : ChunkKV
+            Computed after the stand-in.
+        head : ChunkKV
+            The chunk's first tokens, computed without it.
+        cache : FusedCache
+            Where both will stand.
+        """
+        device, n_head = cache.devices[0], head.n_tokens
+        layers = []
+        for chunk_layer, head_layer in zip(
+            cache.shape.split(chunk), cache.shape.split(head), strict=True
+        ):
+            states = [each.to(device, non_blocking=True) for each in chunk_layer]
+            exact = [each.to(device, non_blocking=True) for each in head_layer]
+            known = [each[:, :n_head] for each in states]
+            everyone = torch.nn.functional.normalize(_flat(states[1]).float())
+            alike = everyone[n_head:] @ everyone[:n_head].mT
+            weights = torch.softmax(alike / self.temperature, dim=-1).mul_(self.head_strength)
+            keys, values = (
+                each[:, n_head:] + weights.to(each.dtype) @ (new - old)
+                for each, new, old in zip(states, exact, known, strict=True)
+            )
+            layers.append((keys, values))
+        return cache.shape.chunk(layers, device)
 
 
 class Corrector:

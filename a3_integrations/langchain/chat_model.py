@@ -24,7 +24,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import ensure_config, run_in_executor
 from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field
@@ -290,9 +290,21 @@ class ChatA3(A3Settings, BaseChatModel):
         options = self._options(stop, kwargs)
         options["grammar"] = grammar(tools, choice, form)
         options["shown"] = MARKS if tools else ()
-        prompt = self.engine.runtime.planner.plan(to_engine(messages), tools=tools, blank=True)
+        prompt = self.engine.runtime.planner.plan(
+            to_engine(messages),
+            tools=tools,
+            blank=True,
+            conversation=options.pop("conversation") or of_thread(),
+        )
         names = [tool["function"]["name"] for tool in tools]
         return Request(prompt, options, CallReader(names) if tools else None)
+
+
+def of_thread() -> str | None:
+    """The conversation that LangGraph, or a history of messages, runs this call in."""
+    given = ensure_config().get("configurable", {})
+    names = (given.get(name) for name in ("thread_id", "session_id"))
+    return next((str(name) for name in names if name is not None), None)
 
 
 def _chunk(reader: CallReader | None, piece: str) -> ChatGenerationChunk | None:

@@ -41,6 +41,7 @@ from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS, in_engines_words
 from a3_engine.shared import shared_engine
 from a3_engine.tools import MARKS, Tool, grammar, in_full, listed
+from a3_engine.turns import DAY_S
 from a3_integrations.llama_index.responses import (
     chat_response,
     completion_response,
@@ -130,6 +131,12 @@ class A3LLM(CallsTools):
         default=0, ge=0, description="With logprobs: the likeliest tokens in each place instead."
     )
     seed: int | None = Field(default=None, description="Of sampling; torch's own where None.")
+    conversation: str | None = Field(
+        default=None, description="Whose turns a chat's messages are; what was said, where None."
+    )
+    turns_kept_s: float = Field(
+        default=DAY_S, ge=0, description="Seconds that finished turns are kept; 0 keeps none."
+    )
 
     _engine: A3Engine = PrivateAttr()
     _last_report: FusionReport | None = PrivateAttr(default=None)
@@ -271,15 +278,19 @@ class A3LLM(CallsTools):
         options = self._options(kwargs)
         options["grammar"] = grammar(tools, choice, None)
         options["shown"] = MARKS if tools else ()
-        return Question(self._from_messages(messages, tools), options, Answer(tools, parallel))
+        prompt = self._from_messages(messages, tools, options.pop("conversation"))
+        return Question(prompt, options, Answer(tools, parallel))
 
     def _from_messages(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] = (),
+        conversation: str | None = None,
     ) -> PromptLike:
         if self._by_template:
             # An empty conversation, too, is the template's to show.
             return self._engine.runtime.planner.plan(
-                to_conversation(messages), tools=tools, blank=True
+                to_conversation(messages), tools=tools, blank=True, conversation=conversation
             )
         if tools:
             raise ValueError(
@@ -294,6 +305,7 @@ class A3LLM(CallsTools):
             own = self.completion_to_prompt(prompt)
             # The default leaves the prompt as it is; then the model's chat template is used.
             formatted, prompt = own is not prompt and own != prompt, own
+        options.pop("conversation")  # a prompt to complete has no turns
         request = self._engine.runtime.planner.plan_raw(prompt) if formatted else prompt
         return Question(request, options, Answer())
 

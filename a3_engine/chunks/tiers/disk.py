@@ -16,12 +16,12 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import diskcache
 
+from a3_engine.bounded_lru import BoundedLRU
 from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.payload import (
     DamagedPayload,
@@ -100,7 +100,7 @@ class DiskStore:
         self._forbidden = False  # to write, by the folder's mode
         self._opening = Lock()
         # The files whose checksum this process has compared.
-        self._hashed: OrderedDict[Identity, None] = OrderedDict()
+        self._hashed: BoundedLRU[Identity, bool] = BoundedLRU(HASHED_FILES)
         self._open()
         self.size_limit = size_limit or self._half_of_the_disk()
 
@@ -194,6 +194,22 @@ class DiskStore:
         self._reopen_if_replaced()
         return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
 
+    def used_since(self, keys: Iterable[str], since: float) -> set[str]:
+        """Those of the keys that are stored, and were used after a time in seconds."""
+        with self._errors("The index cannot be read in"):
+            return {key for key in keys if self._index.contains(key, since)}
+
+    def expire(self, tags: str, before: float) -> set[str]:
+        """Remove what has a tag that begins so, and was last used before a time in seconds."""
+        with self._errors("Chunks cannot be removed from"):
+            if self.readonly or not self._index.expired(tags, before):
+                return set()
+            with self._changing():
+                gone = self._index.remove_keys(self._index.expired(tags, before))
+                self._index.forget_tags(tags)
+                self._index.wipe()
+                return gone
+
     def state(self) -> str:
         """What stays the same as long as all that was stored is there."""
         with self._errors("The index cannot be read in"):
@@ -218,7 +234,7 @@ class DiskStore:
             self._index.remove_keys(keys)
 
     def shrink(self, nbytes: int) -> set[str]:
-        """Remove the least recently used chunks until the store takes at most so many bytes."""
+        """Remove the least recently used chunks until the store takes at most ``nbytes``."""
         with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.make_room(nbytes)
 
@@ -440,15 +456,14 @@ class DiskStore:
             raise DamagedPayload("its file is not there")
         times = found.st_mtime_ns, found.st_ctime_ns
         identity = (str(name), found.st_ino, found.st_size, *times)
-        if (opened := self._disk.opened.get(identity, expected)) is not None:
+        opened = self._disk.opened.get(identity)
+        if opened is not None and opened.header == expected:
             return opened
-        payload = open_file(Path(path), expected, self._secret, hashed=identity in self._hashed)
-        self._hashed[identity] = None
-        if len(self._hashed) > HASHED_FILES:
-            with contextlib.suppress(KeyError):
-                self._hashed.popitem(last=False)
+        known = self._hashed.get(identity) is not None
+        payload = open_file(Path(path), expected, self._secret, hashed=known)
+        self._hashed.put(identity, True)
         if self._secret is None:  # what is sealed is checked whenever it is used
-            self._disk.opened.keep(identity, payload)
+            self._disk.opened.put(identity, payload)
             if not os.path.exists(path):  # removed meanwhile
                 self._disk.opened.forget(str(name))
         return payload

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from a3_engine.fusion.cache import BeforeWrite, FusedCache
 from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.fusion.fusion_pass import FusionPass
+from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout
 from a3_engine.model.masks import Observer
 from a3_engine.model.rotary import Rotation
@@ -101,6 +102,15 @@ class Selector(ABC):
     def budget(self, layout: Layout) -> int:
         """Number of chunk tokens to recompute."""
         return int(len(layout.chunk_positions) * self.ratio)
+
+    def moved_by_head(self, chunk: ChunkKV, head: ChunkKV, cache: FusedCache) -> ChunkKV | None:
+        """A prompt's first chunk after its head, as the correction has it; None where as stored.
+
+        At the ratios 0 and 1 nothing is corrected.
+        """
+        if self.correction is None or not 0.0 < self.ratio < 1.0 or chunk.n_tokens == head.n_tokens:
+            return None
+        return self.correction.follow_head(chunk, head, cache)
 
     def before_write(
         self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]
