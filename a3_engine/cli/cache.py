@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from a3_engine.chunks.archive import export_chunks, import_chunks
-from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
 from a3_engine.chunks.doctor import check_model
 from a3_engine.chunks.payload import DamagedPayload, read_header
 from a3_engine.chunks.stand_in import AUTO, NONE
@@ -64,7 +64,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     warm.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
-    warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
+    warm.add_argument("--codec", default=DEFAULT_CODEC, choices=CODEC_NAMES)
     warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
     warm.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     warm.add_argument("--size-limit", type=nbytes, metavar="SIZE")

@@ -99,7 +99,7 @@ class RemoteTier:
 
     def get(self, expected: Header) -> Payload | None:
         # Each layer may be a document of its own.
-        most = expected.nbytes + expected.shape[0] * (MAX_HEADER + 8)
+        most = expected.nbytes[1] + expected.shape[0] * (MAX_HEADER + 8)
         parts = self._call(lambda: self._blobs.read(expected.key, most), None)
         if parts is None:
             return None
