@@ -44,7 +44,7 @@ def test_decoding_stays_within_the_tolerance(name, shape, dtype, seed):
     header = header_of(kv, name)
     payload = Payload.of(kv, header)
     found = {n: (tuple(t.shape), t.dtype) for n, t in payload.tensors.items()}
-    assert found == {n: tuple(spec) for n, spec in header.layout.items()}
+    assert found == {n: spec[:2] for n, spec in header.layout.items()}
     assert (payload.nbytes,) * 2 == header.nbytes
     again = payload.kv()
     assert (again.keys.shape, again.keys.dtype) == (kv.keys.shape, dtype)
