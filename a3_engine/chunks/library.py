@@ -200,7 +200,10 @@ class ChunkLibrary:
         return kv if kv.keys.is_pinned() else ChunkKV(kv.keys.pin_memory(), kv.values.pin_memory())
 
     def _decoded(self, payload: Payload) -> ChunkKV:
-        return payload.kv(self._codec_of(payload.header))
+        kv = payload.kv(self._codec_of(payload.header))
+        if payload.header.codec not in CODECS and self._device.type == "cpu":
+            self.store.keep_decoded(payload, kv)
+        return kv
 
     def _codec_of(self, header: Header) -> Codec:
         return self.codec if header.codec == self.codec.name else CODECS[header.codec]

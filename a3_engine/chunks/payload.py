@@ -115,12 +115,13 @@ class Payload:
     """A header, and the encoded tensors that it describes.
 
     ``about`` says whose KV it is, for an index that has to be made anew; see `known.About`. No
-    request depends on it.
+    request depends on it. ``decoded`` is what it decodes to, where somebody keeps that in memory.
     """
 
     header: Header
     tensors: Tensors
     about: str = ""
+    decoded: ChunkKV | None = None
 
     @classmethod
     def of(
@@ -131,10 +132,14 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
+        if self.decoded is not None:
+            return self.decoded.nbytes
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def kv(self, codec: Codec | None = None) -> ChunkKV:
         """Decode, as `of` encodes. Do not write into it: it may be the store's memory."""
+        if self.decoded is not None:
+            return self.decoded
         header, codec = self.header, codec or CODECS[self.header.codec]
         return codec.decode(self.tensors, *header.shapes, header.torch_dtype)
 

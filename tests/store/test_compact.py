@@ -238,8 +238,9 @@ def answer(engine: A3Engine):
     return engine.generate(QUESTION, chunks=[DOCUMENT, DOCUMENT[::-1]], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen2"])
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize(
+    ("name", "architecture"), [*((name, "llama") for name in STRENGTHS), ("compact", "gemma3")]
+)
 def test_a_miss_answers_as_a_hit_and_as_a_new_engine(engine_of, name, architecture):
     engine = engine_of(codec=name, architecture=architecture)
     first, again = answer(engine), answer(engine)
@@ -323,6 +324,23 @@ def test_the_basis_outlives_the_chunks_that_need_it(engine_of):
     for number in range(12):
         small.precompute([f"{number} {DOCUMENT} {number}"], progress=False)
     assert basis_file(small)
+
+
+def test_the_memory_tier_keeps_what_was_decoded(engine_of):
+    """Only the first read decodes; the tier stays within its bytes."""
+    engine = engine_of(codec="compact", store=StoreOptions(memory_limit=300_000))
+    library = engine.runtime.library
+    [segment] = engine.runtime.planner.segments([DOCUMENT])
+    first = library.fetch(segment).kv
+    again, once_more = library.fetch(segment).kv, library.fetch(segment).kv
+    assert torch.equal(first.keys, again.keys)
+    assert again.keys.data_ptr() == once_more.keys.data_ptr()
+    for number in range(30):
+        engine.precompute([f"{number} {DOCUMENT}"], progress=False)
+        library.fetch(*engine.runtime.planner.segments([f"{number} {DOCUMENT}"]))
+    memory = library.store._tiers[0]
+    assert 0 < memory.stats().nbytes <= 300_000
+    assert memory.stats().nbytes == sum(each.nbytes for each in memory._payloads.values())
 
 
 def test_changed_weights_have_a_basis_of_their_own(engine_of):

@@ -1,4 +1,4 @@
-"""Chunks in memory; for a model on a GPU in pinned memory, from which copies are faster."""
+"""Chunks in memory, compact ones decoded; pinned where a GPU copies from it, which is faster."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import StoreStats
+from a3_engine.kv import ChunkKV
 from a3_engine.processes import Lock
 
 
 class MemoryTier:
-    """The most recently used chunks, encoded, up to a number of bytes.
+    """The most recently used chunks, up to a number of bytes.
 
     Tags are left to the other tiers; what they evict goes here too.
 
@@ -46,13 +47,20 @@ class MemoryTier:
             return 0
         # A copy: what comes from the disk is a mapped file, which is not bounded by anything.
         kept = replace(payload, tensors={n: self._copy(t) for n, t in payload.tensors.items()})
+        self._keep(kept)
+        return kept.nbytes
+
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        if payload.decoded is None and kv.nbytes <= self.size_limit:
+            self._keep(replace(payload, tensors={}, decoded=kv))
+
+    def _keep(self, payload: Payload) -> None:
         with self._lock:
             self._remove(payload.header.key)
-            self._payloads[payload.header.key] = kept
-            self._nbytes += kept.nbytes
+            self._payloads[payload.header.key] = payload
+            self._nbytes += payload.nbytes
             while self._nbytes > self.size_limit:
                 self._remove(next(iter(self._payloads)))
-        return kept.nbytes
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         with self._lock:
