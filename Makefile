@@ -21,12 +21,16 @@ $(READY): pyproject.toml Makefile
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Two processes share the tests; a thread that waits must not hold the other's core.
+WORKERS ?= 2
+SHARED := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(SHARED)
 
 # Both forbid the model hub: what the notebooks need comes as packages.
 notebooks: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	HF_HUB_OFFLINE=1 $(SHARED) --nbmake --nbmake-timeout=300 notebooks
 
 notebooks-refresh: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/refresh.py

@@ -82,6 +82,8 @@ def assemble(
             )
         brought = load_chunks(cache, rotation, list(kv_at.items()), over)
         cache.on_device = list(zip(laid, brought, strict=False))
+        for start, kv in over:
+            selector.follow_head(start, kv_at[start], kv, cache, rotation)
         if prefix is not None:
             prefix.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s
@@ -111,7 +113,7 @@ def _fetch(
     # A full prefill with compression runs as a fusion pass that needs no chunk.
     cached = prompt.cached if selector.uses_chunks else []
     for start, segment in cached:
-        if segment.kind == "chunk" and start + len(segment.ids) <= reused:
+        if segment.kind == "chunk" and not segment.owner and start + len(segment.ids) <= reused:
             report.chunks.append(ChunkUse(segment.text, len(segment.ids), True, 0))
     wanted = [(start, segment) for start, segment in cached if start >= reused]
     kv_at: dict[int, ChunkKV] = {}
@@ -122,12 +124,13 @@ def _fetch(
         fetched = next(fetching)
         kv_at[start] = fetched.kv
         report.encode_s += fetched.seconds
-        if segment.kind == "chunk":
+        if segment.kind == "chunk" and not segment.owner:
             report.chunks.append(
                 ChunkUse(segment.text, len(segment.ids), fetched.hit, fetched.nbytes)
             )
         if fetched.hit:
             report.cached_tokens += len(segment.ids)
+            report.history_tokens += len(segment.ids) * bool(segment.owner)
         else:
             report.created_tokens += len(segment.ids)
     return kv_at

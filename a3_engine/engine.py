@@ -49,6 +49,7 @@ from a3_engine.request import Request, check_room
 from a3_engine.runtime import Runtime, context_window, renewed, start
 from a3_engine.segments import Prompt
 from a3_engine.stream import Answer, AsyncTokenStream, Emit, TokenStream, Work
+from a3_engine.turns import DAY_S
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[], Loaded]
@@ -95,6 +96,9 @@ class A3Engine:
         ``"compact-small"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
+    turns_kept_s : float
+        Seconds behind its last use that a finished turn of a conversation is kept in the local
+        folder; 0 keeps none.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class A3Engine:
         size_limit: int | None = None,
         codec: str = DEFAULT_CODEC,
         store: str | StoreOptions | None = None,
+        turns_kept_s: float = DAY_S,
     ) -> None:
         self.name = name
         self.cache_dir = _absolute(cache_dir)
@@ -120,6 +125,8 @@ class A3Engine:
         self._by_default = selector is None and ratio is None and quality in (None, BALANCED)
         self.compression = make_compression(compression, keep)
         passages_of(stand_in)  # a wrong one fails here
+        if not turns_kept_s >= 0:
+            raise ValueError(f"turns_kept_s is 0 seconds or more, not {turns_kept_s!r}.")
         self._source = source
         self._settings: dict[str, Any] = {
             "encode_prefix": encode_prefix,
@@ -127,6 +134,7 @@ class A3Engine:
             "size_limit": size_limit,
             "codec": check_codec(codec),
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
+            "turns_kept_s": turns_kept_s,
         }
         self._recipe: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
@@ -306,6 +314,8 @@ class A3Engine:
             raise TypeError(f"A tag is a text, not {type(tag).__name__}.")
         tag = clean(tag)
         self.runtime.prefix_cache.clear()  # they may hold its text
+        if (turns := self.runtime.turns) is not None:
+            turns.drop(tag)
         library = self.runtime.library
         return library.evict(tag) if library else 0
 
@@ -336,7 +346,12 @@ class A3Engine:
 
     # Answers
 
-    def plan(self, request: PromptLike, chunks: Sequence[str | Chunk] = ()) -> Prompt:
+    def plan(
+        self,
+        request: PromptLike,
+        chunks: Sequence[str | Chunk] = (),
+        conversation: str | None = None,
+    ) -> Prompt:
         """The segments of a request.
 
         Parameters
@@ -345,6 +360,9 @@ class A3Engine:
             A question, a conversation, or a prompt planned before.
         chunks : sequence of str or Chunk
             Documents to stand before a question given as text.
+        conversation : str or None
+            A name for the conversation that the request belongs to. Its finished turns are found
+            under this name alone; without one, by prompts that say the same up to there.
 
         Raises
         ------
@@ -355,6 +373,8 @@ class A3Engine:
         if isinstance(request, Prompt):
             if chunks:
                 raise ValueError("The prompt is planned already: give its chunks to plan().")
+            if conversation is not None:
+                raise ValueError("The prompt is planned already: name its conversation to plan().")
             return request
         if isinstance(request, str):
             if not request.strip():
@@ -362,7 +382,7 @@ class A3Engine:
             content: list[str | Chunk] = []
             for chunk in chunks:
                 content += [Chunk.read(chunk), "\n\n"]
-            return self._plan([Message("user", [*content, request])])
+            return self._plan([Message("user", [*content, request])], conversation)
         if chunks:
             raise ValueError("Put the chunks into the messages' content, or give a plain question.")
         if isinstance(request, Message | Mapping):
@@ -372,9 +392,9 @@ class A3Engine:
                 "A request is a question, a list of messages or a planned prompt, not "
                 f"{type(request).__name__}."
             )
-        return self._plan([Message.read(message) for message in request])
+        return self._plan([Message.read(message) for message in request], conversation)
 
-    def _plan(self, messages: list[Message]) -> Prompt:
+    def _plan(self, messages: list[Message], conversation: str | None) -> Prompt:
         """The segments of messages, unless their letters alone say that they do not fit."""
         planner, letters = self.runtime.planner, sum(len(message.text) for message in messages)
         if letters > self.context_window and letters > self.context_window * planner.longest_token:
@@ -383,7 +403,7 @@ class A3Engine:
                 "hold, which is the model's context window. Retrieve fewer or shorter chunks, or "
                 "use a model with a longer context. Nothing was cut."
             )
-        return planner.plan(messages)
+        return planner.plan(messages, conversation=conversation)
 
     def stream(self, request: PromptLike, **options: Unpack[RequestOptions]) -> TokenStream:
         """Answer piece by piece; closing the stream stops the computation.
@@ -499,6 +519,7 @@ class A3Engine:
         request: PromptLike,
         *,
         chunks: Sequence[str | Chunk] = (),
+        conversation: str | None = None,
         **options: Any,
     ) -> Work:
         """Check everything that can be wrong with a request now, and answer it later."""
@@ -511,7 +532,7 @@ class A3Engine:
                 f"a request takes {', '.join((*METHOD_OPTIONS, *Sampling.__dataclass_fields__))}."
             )
         settings = Sampling(**options)
-        prompt = self.plan(request, chunks)
+        prompt = self.plan(request, chunks, conversation)
         plan_s = time.perf_counter() - started
         if settings.temperature > 0 and settings.seed is None:
             settings = replace(settings, seed=runtime.seeds.next(prompt.ids))

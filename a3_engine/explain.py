@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from a3_engine.report import FusionReport, Trace
 
-Kind = Literal["fresh", "cached", "recomputed", "kept"]
+Kind = Literal["fresh", "cached", "turn", "recomputed", "kept"]
 
 MEANING: dict[Kind, str] = {
     "fresh": "computed: not in the cache",
     "cached": "cached: keys and values of a stored chunk",
+    "turn": "turn: keys and values of a finished turn of the conversation",
     "recomputed": "recomputed: chunk tokens that were computed again",
     "kept": "kept: left in the cache by the turn before",
 }
@@ -24,6 +25,7 @@ MEANING: dict[Kind, str] = {
 COLOUR: dict[Kind, str] = {
     "fresh": "#ffffff",
     "cached": "#cfe2f3",
+    "turn": "#d5ecd4",
     "recomputed": "#f9b872",
     "kept": "#e0d3ee",
 }
@@ -129,7 +131,8 @@ def _kinds(trace: Trace, report: FusionReport) -> list[Kind]:
     kinds: list[Kind] = ["fresh"] * trace.prompt.n_tokens
     if report.fused:
         for start, segment in trace.prompt.cached:
-            kinds[start : start + len(segment.ids)] = ["cached"] * len(segment.ids)
+            kind: Kind = "turn" if segment.owner else "cached"
+            kinds[start : start + len(segment.ids)] = [kind] * len(segment.ids)
         kinds[-1] = "fresh"  # whatever it belongs to
     for position in trace.recomputed:
         kinds[position] = "recomputed"

@@ -24,7 +24,9 @@ from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import has_window
 from a3_engine.model.batch_cache import step
+from a3_engine.model.cache_argument import takes_cache
 from a3_engine.model.hooks import arguments, install_hooks
+from a3_engine.model.kv_shape import mixers
 from a3_engine.model.latent import is_latent
 from a3_engine.model.probe import Outcome, Probe, distance, log_probs
 from a3_engine.model.rotary import Rotation, read_rotation, rotate_
@@ -60,8 +62,12 @@ TESTED = frozenset(
         "granite_swa",
         "granitemoe",
         "granitemoe_swa",
+        "granitemoehybrid",
         "helium",
+        "kimi_linear",
         "laguna",
+        "lfm2",
+        "lfm3",
         "llama",
         "mimo_v2_flash",
         "minimax_m2",
@@ -72,6 +78,7 @@ TESTED = frozenset(
         "mixtral",
         "nanochat",
         "nemotron",
+        "nemotron_h",
         "olmo2",
         "olmo3",
         "olmoe",
@@ -82,7 +89,10 @@ TESTED = frozenset(
         "qwen2_5_vl_text",
         "qwen2_moe",
         "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
         "seed_oss",
         "smollm3",
         "stablelm",
@@ -95,6 +105,9 @@ TESTED = frozenset(
 # takes no more than a bound; on accelerators it is long enough for the kernels that requests meet.
 SHORT, CPU_LONG, LONG = 24, 48, 1200
 CPU_BOUND, BOUND = 160, 2048
+LAYER_TYPES = frozenset(
+    {"full_attention", "sliding_attention", "linear_attention", "conv", "mlp", "moe"}
+)
 TAIL = 32  # so many tokens behind the chunk are compared, of a short prompt a third
 STEPS = 3  # of decoding
 ROOM = 40  # spare slots behind a prompt, as a request has them
@@ -149,24 +162,23 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.get_text_config()
     if config.is_encoder_decoder:
         raise UnsupportedModelError("it is an encoder-decoder model")
-    others = set(getattr(config, "layer_types", None) or []) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if others:
+    if others := set(getattr(config, "layer_types", None) or []) - LAYER_TYPES:
         raise UnsupportedModelError(f"it has layers of type {', '.join(sorted(others))}")
     if any(weight.device.type == "meta" for weight in model.parameters()):
         raise UnsupportedModelError("some of its weights are kept elsewhere (offloaded)")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
-    if not layers or not all(
-        hasattr(layer, "self_attn") or hasattr(layer, "attention") for layer in layers
-    ):
+    if not layers or not any(takes_cache(part) for layer in layers for part in layer.children()):
         raise UnsupportedModelError("its layers are not the usual attention decoder layers")
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     if any(getattr(each, "indexer", None) is not None for each in attentions):
         raise UnsupportedModelError("an indexer picks the keys that its attention sees")
-    if getattr(config, "kv_lora_rank", None) and not all(map(is_latent, layers)):
+    latent = [
+        is_latent(layer)
+        for layer, mixer in zip(layers, mixers(decoder), strict=True)
+        if mixer is None
+    ]
+    if getattr(config, "kv_lora_rank", None) and not all(latent):
         raise UnsupportedModelError("it keeps latents (MLA) in a way that the engine does not know")
     return decoder
 

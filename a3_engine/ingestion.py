@@ -1,4 +1,4 @@
-"""Computing the chunks of a corpus ahead of their questions."""
+"""Computing the chunks of a corpus before anybody asks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ingest(
         n_tokens = len(runtime.planner.prefix_ids) + len(segment.ids)
         if n_tokens >= context_window:
             raise ContextOverflowError(
-                f"A chunk has {n_tokens} tokens with what it is computed behind; the model's "
+                f"A chunk has {n_tokens} tokens with what it is computed after; the model's "
                 f"context window is {context_window}. Split it into smaller chunks. It "
                 f"begins with {segment.text[:40]!r}."
             )

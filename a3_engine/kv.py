@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
 import torch
 
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.processes import cached_property
 
 Shape = tuple[int, int, int, int]  # (layers, kv_heads, tokens, head_dim)
 
@@ -44,28 +44,51 @@ class LayerShape(NamedTuple):
     """What a layer keeps of each token: a key and a value for each of its heads.
 
     ``latent`` says that it expands them to those of more heads; see :mod:`a3_engine.model.latent`.
+    One that ``folds`` its input into so many states has no keys, and keeps that input, cut into as
+    many numbers; see :mod:`a3_engine.model.folding`.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     latent: bool = False
+    folds: int = 0
 
     def ours(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values from what transformers calls so, and back."""
         return (values, keys) if self.latent else (keys, values)
 
     @property
+    def attends(self) -> bool:
+        """Whether it has keys and values, and not inputs or nothing."""
+        return bool(self.heads) and not self.folds
+
+    @property
     def size(self) -> int:
         return self.heads * (self.key_dim + self.value_dim)
+
+    def cut(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A folding layer's input, ``(prompts, tokens, size)``, as keys and values; filled up."""
+        sizes = [self.heads * self.key_dim, self.heads * self.value_dim]
+        inputs = torch.nn.functional.pad(inputs, (0, sum(sizes) - inputs.shape[-1]))
+        keys, values = (
+            part.view(*part.shape[:2], self.heads, -1).transpose(1, 2)
+            for part in torch.split(inputs, sizes, dim=-1)
+        )
+        return keys, values
+
+    def joined(self, keys: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
+        """The inverse of :meth:`cut`."""
+        parts = [part.transpose(1, 2).flatten(2) for part in (keys, values)]
+        return torch.cat(parts, dim=-1)[..., :size]
 
 
 @dataclass(frozen=True)
 class KVShape:
     """The shapes of a model's keys and values, of every layer that has its own.
 
-    Where layers differ (Gemma 4), their heads are cut into pieces of one size, and the pieces of
-    all heads of all layers take the place of a chunk's layers, with one head each.
+    Where layers differ (Gemma 4, hybrids), their heads are cut into pieces of one size, and the
+    pieces of all heads of all layers take the place of a chunk's layers, with one head each.
     """
 
     layers: tuple[LayerShape, ...]
@@ -91,7 +114,7 @@ class KVShape:
     def of_chunk(self, n_tokens: int) -> tuple[Shape, Shape]:
         """Shapes of a chunk's keys and values."""
         if self.alike:
-            heads, key_dim, value_dim, _ = self.layers[0]
+            heads, key_dim, value_dim = self.layers[0][:3]
             rows = len(self.layers)
         else:
             heads, (key_dim, value_dim) = 1, self._piece
@@ -131,11 +154,13 @@ class KVShape:
 
 def _cut(states: torch.Tensor, size: int) -> torch.Tensor:
     """``(heads, tokens, head_dim)`` as ``(pieces, 1, tokens, size)``."""
-    heads, tokens, _ = states.shape
-    return states.reshape(heads, tokens, -1, size).transpose(1, 2).flatten(0, 1)[:, None]
+    heads, tokens, dim = states.shape
+    pieces = states.reshape(heads, tokens, dim // size, size).transpose(1, 2)
+    return pieces.flatten(0, 1)[:, None]
 
 
 def _joined(pieces: torch.Tensor, heads: int) -> torch.Tensor:
     """The inverse of :func:`_cut`."""
-    _, _, tokens, size = pieces.shape
-    return pieces.reshape(heads, -1, tokens, size).transpose(1, 2).flatten(2)
+    n_pieces, _, tokens, size = pieces.shape
+    each = n_pieces // max(heads, 1)
+    return pieces.reshape(heads, each, tokens, size).transpose(1, 2).flatten(2)

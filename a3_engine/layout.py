@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from a3_engine.devices import send
+from a3_engine.processes import cached_property
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Span:
     """A run of cached tokens: positions ``start`` to ``stop - 1``.
 
     The first ``exact`` of them have the keys and values of a full prefill, because everything
-    before them is what they were computed behind.
+    before them is what they were computed after.
     """
 
     start: int

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from a3_engine.decoding.compression.base import Compression
+from a3_engine.decoding.sampling import strings
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.messages import Chunk
 
@@ -20,6 +21,7 @@ ENGINE_FIELDS = (
     "stand_in",
     "size_limit",
     "codec",
+    "turns_kept_s",
 )
 CALL_FIELDS = (
     *METHOD_OPTIONS,
@@ -32,6 +34,7 @@ CALL_FIELDS = (
     "logprobs",
     "top_logprobs",
     "seed",
+    "conversation",
 )
 
 
@@ -48,11 +51,13 @@ class MethodOptions(TypedDict, total=False):
 class RequestOptions(MethodOptions, total=False):
     """What `A3Engine.generate` and its like take beside the request.
 
-    ``chunks`` are documents to stand before a question given as text. Those from
+    ``chunks`` are documents to stand before a question given as text; ``conversation`` names the
+    one that the request belongs to, see `A3Engine.plan`. Those from
     ``max_new_tokens`` on are the fields of :class:`~a3_engine.decoding.sampling.Sampling`.
     """
 
     chunks: Sequence[str | Chunk]
+    conversation: str | None
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -63,3 +68,17 @@ class RequestOptions(MethodOptions, total=False):
     logprobs: int | None
     seed: int | None
     shown: Sequence[str]
+
+
+def in_engines_words(options: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's settings of a request, as :class:`RequestOptions` has them.
+
+    ``logprobs`` says whether log probabilities are wanted, as in OpenAI's requests, and
+    ``top_logprobs`` of how many tokens.
+    """
+    wanted, n_top = options["logprobs"], options["top_logprobs"]
+    if not isinstance(wanted, bool | int | None):
+        raise TypeError(f"logprobs is True or False, not {type(wanted).__name__}.")
+    read = {name: value for name, value in options.items() if name != "top_logprobs"}
+    stop = strings("stop", options["stop"])
+    return read | {"logprobs": n_top if wanted else None, "stop": stop}

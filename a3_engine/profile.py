@@ -2,7 +2,7 @@
 
 A profile is used where the engine's settings leave the choice open: with ``stand_in="auto"``, and
 its selector where neither selector, ratio nor quality is given. Its passages decide what chunks are
-computed behind, so it is believed only where nobody else can write it.
+computed after, so it is believed only where nobody else can write it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import passages_of
-from a3_engine.fusion.correction import KVCorrection
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.owners import why_not_ours_alone
 
@@ -32,7 +31,7 @@ class Profile:
     Parameters
     ----------
     stand_in : str or tuple of str
-        What chunks are computed behind; see :mod:`a3_engine.chunks.stand_in`.
+        What chunks are computed after; see :mod:`a3_engine.chunks.stand_in`.
     ratio : float
         Share of the chunk tokens to recompute, 0 to 1.
     strength : float
@@ -51,8 +50,11 @@ class Profile:
 
     @property
     def selector(self) -> Mend:
-        """The default method with these settings."""
-        return Mend(ratio=self.ratio, correction=KVCorrection(strength=self.strength), least=0)
+        """The default method with these settings; where it recomputes, its least number holds."""
+        default = Mend()
+        assert default.correction is not None
+        correction = replace(default.correction, strength=self.strength)
+        return replace(default, ratio=self.ratio, correction=correction)
 
 
 def profile_path(cache_dir: Path, weights: str, tokenizer: str, encode_prefix: str) -> Path:

@@ -13,15 +13,17 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from a3_engine.conversations import Conversation
+from a3_engine.exchanges import Divided, divide, finished
 from a3_engine.messages import Chunk, Message, clean
-from a3_engine.processes import Lock
+from a3_engine.processes import Lock, cached_property
 from a3_engine.segments import Match, Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
 
@@ -82,6 +84,8 @@ class PromptPlanner:
         Passages that chunks are computed behind as well, joined as documents in a prompt are.
     find : callable
         Finds known chunks in plain text; see :class:`~a3_engine.chunks.text_index.TextIndex`.
+    stored : callable
+        Says which turns of a conversation are stored; see :class:`~a3_engine.turns.Turns`.
     """
 
     def __init__(
@@ -90,9 +94,10 @@ class PromptPlanner:
         encode_prefix: str = "template",
         stand_in: Sequence[str] = (),
         find: Callable[[str], list[Match]] | None = None,
+        stored: Callable[[Sequence[Segment]], list[bool]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.find = find
+        self.find, self.stored = find, stored
         self._lock = _lock_of(tokenizer)
         self._remembered_ids = lru_cache(REMEMBERED_CHUNKS)(self.tokenize_text)
         self._joint = self._blank_ahead()
@@ -116,6 +121,7 @@ class PromptPlanner:
         tools: Sequence[Tool] = (),
         match: bool = True,
         blank: bool = False,
+        conversation: str | None = None,
     ) -> Prompt:
         """Segments of a conversation, ready for an answer.
 
@@ -130,6 +136,9 @@ class PromptPlanner:
             Also look for stored chunks inside plain text.
         blank : bool
             Also take messages that say nothing, as frameworks count and send them.
+        conversation : str or None
+            Whose turns these are, in place of what was said in it; see
+            :class:`~a3_engine.conversations.Conversation`.
 
         Raises
         ------
@@ -144,6 +153,7 @@ class PromptPlanner:
             default=len(messages) - 1,
         )
         segments: list[Segment] = []
+        places: list[int] = []  # the message that each belongs to
         question_from = 0
         lent = ""
         for place, piece in enumerate(pieces):
@@ -151,6 +161,9 @@ class PromptPlanner:
                 lent = self._lent(piece, pieces[place + 1 :])
                 ids = self.tokenize_template(piece.removesuffix(lent), begins=not place)
                 self._append_fresh(segments, ids)
+                behind = next((p.place for p in pieces[place:] if not isinstance(p, str)), None)
+                index = len(messages) if behind is None else behind
+                places += [index] * (len(segments) - len(places))
                 continue
             index, parts, as_json = piece
             if lent:
@@ -166,14 +179,38 @@ class PromptPlanner:
                     behind_chunks = len(segments)
                 else:
                     self._append_fresh(segments, self.tokenize_text(part, begins=not segments))
+            places += [index] * (len(segments) - len(places))
             if index == last_user:
                 # The turn's own words behind its chunks; all its words where none follow.
                 asks = isinstance(cut[-1], str) and cut[-1].strip()
                 question_from = behind_chunks if asks else first
-        return self._finish(segments, question_from)
+        whose = Conversation.of(messages, conversation) if self.stored is not None else None
+        if whose is None or messages[-1].role == "assistant":
+            return self._finish(segments, question_from)
+        opens = segments[0].kind == "fresh" and isinstance(pieces[0], str)
+        opening = self._with_bos(segments[0].ids) if opens else None
+        divided = divide(segments, places, messages, whose, last_user, opening)
+        question_from -= len(segments) - len(divided.segments)
+        prompt = self._finish(self._known(divided), question_from)
+        return replace(
+            prompt, conversation=whose, turns=divided.turns, unanswered=divided.unanswered
+        )
+
+    def answered(self, prompt: Prompt, answer: str) -> list[Segment]:
+        """The turns of a prompt's conversation, its answer with the last, as later prompts have it.
+
+        An answer that later prompts show in another way is none of theirs, and stored when they do.
+        """
+        whose, turns = prompt.conversation, list(prompt.turns)
+        if whose is not None and prompt.unanswered is not None:
+            ids = self.tokenize_text(answer.strip() if self._trims else answer)
+            turns.append(finished(prompt.unanswered, ids, whose.behind(answer)))
+        return turns
 
     def plan_raw(self, text: str) -> Prompt:
         """Segments of a finished prompt, in which control tokens count outside known chunks."""
+        if not isinstance(text, str):
+            raise TypeError(f"A finished prompt is a text, not {type(text).__name__}.")
         text = clean(text)
         if not text:
             raise ValueError("The prompt is empty.")
@@ -371,6 +408,16 @@ class PromptPlanner:
         text = chunk.text.strip()
         if ids := self.chunk_ids(text):
             segments.append(Segment("chunk", ids, text, chunk.tag))
+
+    def _known(self, divided: Divided) -> list[Segment]:
+        """Segments with the turns that are stored as chunks, and the others fresh."""
+        if self.stored is None:
+            return divided.segments
+        there = iter(self.stored(divided.turns))
+        return [
+            replace(each, kind="chunk" if next(there) else "fresh") if each.kind == "turn" else each
+            for each in divided.segments
+        ]
 
     @staticmethod
     def _append_fresh(segments: list[Segment], ids: tuple[int, ...]) -> None:

@@ -70,9 +70,11 @@ class FusionReport:
     """Counts in tokens, times in seconds, sizes in bytes.
 
     ``cached_tokens`` were read from the store or left by the conversation's turn before, which are
-    the ``reused_turn_tokens`` among them; ``created_tokens`` belong to chunks that missed and were
-    computed and stored now; ``recomputed_tokens`` of both were computed again in the fusion pass,
-    by some methods not in all of its layers.
+    the ``reused_turn_tokens`` among them; ``history_tokens`` of them are earlier turns of the
+    conversation from the store, and ``conversation`` is the tag by which these are evicted.
+    ``created_tokens`` belong to chunks that missed and were computed and stored now;
+    ``recomputed_tokens`` of both were computed again in the fusion pass, by some methods not in all
+    of its layers.
     ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
     ``ttft_s``, the time from the call to the first token, as are ``plan_s``, from the call to the
     prompt's token ids, ``load_s`` and ``encode_s``.
@@ -90,9 +92,11 @@ class FusionReport:
     ratio: float = 0.0
     compression: str = ""
     stand_in: str = ""
+    conversation: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     reused_turn_tokens: int = 0
+    history_tokens: int = 0
     created_tokens: int = 0
     fresh_tokens: int = 0
     recomputed_tokens: int = 0
@@ -162,12 +166,17 @@ class FusionReport:
         return f"<table><caption style='text-align:left'>{title}</caption>{rows}</table>"
 
     def _rows(self) -> list[tuple[str, str]]:
-        kept = f" ({self.reused_turn_tokens} of them kept from the turn before)"
+        turns = [
+            f"{self.reused_turn_tokens} of them kept from the turn before"
+            * bool(self.reused_turn_tokens),
+            f"{self.history_tokens} of earlier turns" * bool(self.history_tokens),
+        ]
+        kept = ", ".join(each for each in turns if each)
         rows = [
             (
                 "prompt",
                 f"{self.prompt_tokens} tokens: {self.cached_tokens} from the cache"
-                f"{kept if self.reused_turn_tokens else ''}, "
+                f"{f' ({kept})' if kept else ''}, "
                 f"{self.created_tokens} computed and stored, {self.fresh_tokens} fresh",
             )
         ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from a3_engine.assembly import assemble, touch
@@ -22,6 +22,7 @@ from a3_engine.fusion.fusion_pass import Abandoned
 from a3_engine.fusion.selectors.base import Prepared
 from a3_engine.method import Method
 from a3_engine.model.attention import install
+from a3_engine.model.kv_shape import ordinary_cache
 from a3_engine.report import FusionReport, Trace
 from a3_engine.runtime import Runtime
 from a3_engine.segments import Prompt
@@ -83,21 +84,30 @@ class Request:
         Where the device's memory does not suffice, what it keeps for later requests is given up,
         and the request is tried once more.
         """
-        emitted = False
+        said: list[str] = []
+        with ExitStack() as unanswered:
+            if self.runtime.turns is not None:
+                unanswered.enter_context(self.runtime.turns.until_first_token())
 
-        def emit_on(text: str) -> None:
-            nonlocal emitted
-            emitted = True
-            emit(text)
+            def emit_on(text: str) -> None:
+                unanswered.close()
+                said.append(text)
+                emit(text)
 
-        try:
-            return self._attempt(emit_on, abandoned)
-        except torch.OutOfMemoryError as error:
-            if emitted:
-                raise
-            logger.warning("%s. What is kept for later requests is given up for this one.", error)
-        self.runtime.make_room()  # here, since the error keeps alive what the first try held
-        return self._attempt(emit_on, abandoned)
+            try:
+                report = self._attempt(emit_on, abandoned)
+            except torch.OutOfMemoryError as error:
+                if said:
+                    raise
+                logger.warning(
+                    "%s. What is kept for later requests is given up for this one.", error
+                )
+                report = None
+            if report is None:  # here, since the error keeps alive what the first try held
+                self.runtime.make_room()
+                report = self._attempt(emit_on, abandoned)
+        self._keep_turns(report, "".join(said))
+        return report
 
     def _attempt(self, emit: Callable[[str], None], abandoned: Callable[[], bool]) -> FusionReport:
         runtime, prompt, sampling = self.runtime, self.prompt, self.sampling
@@ -109,9 +119,9 @@ class Request:
         if self._serves_later:
             prefix, reused = runtime.prefix_cache.find(prompt.ids, selector)
         prepared: Prepared | None = None
-        # Without a config no layer becomes a sliding one, which would drop tokens outside its
-        # window.
-        cache: Cache | None = DynamicCache() if self._serves_later else None
+        cache: Cache | None = None
+        if self._serves_later:
+            cache = ordinary_cache(runtime.model.get_decoder())
         try:
             if runtime.gate.rotation is not None:
                 install(runtime.model)  # its owner may have chosen another attention since
@@ -158,6 +168,19 @@ class Request:
         runtime.reports.append(report)
         return report
 
+    def _keep_turns(self, report: FusionReport, answer: str) -> None:
+        """Let the conversation's turns be stored; an answer that may be a call is none yet."""
+        runtime, prompt, sampling = self.runtime, self.prompt, self.sampling
+        if (
+            runtime.turns is None
+            or report.finish_reason == "abandoned"
+            or not self.method.selector.uses_chunks
+            or why_not_kept(runtime, prompt, sampling.max_new_tokens) is not None
+        ):
+            return
+        called = sampling.grammar or any(mark in answer for mark in sampling.shown)
+        runtime.turns.keep(prompt.turns if called else runtime.planner.answered(prompt, answer))
+
     @property
     def _serves_later(self) -> bool:
         """Whether later prompts may go on with this request's cache, which leaves nothing out."""
@@ -176,6 +199,7 @@ class Request:
             prompt_tokens=prompt.n_tokens,
             fallback_reason=why_prefill(runtime, prompt, method, self.sampling.max_new_tokens),
             plan_s=self.plan_s,
+            conversation=prompt.conversation.tag if prompt.conversation else "",
         )
         if report.fused and runtime.library is not None:
             report.stand_in = runtime.library.stand_in

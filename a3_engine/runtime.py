@@ -39,6 +39,7 @@ from a3_engine.native import loops
 from a3_engine.profile import Profile, profile_path, read_profile
 from a3_engine.prompt import PromptPlanner
 from a3_engine.report import FusionReport
+from a3_engine.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Runtime:
 
     ``library`` and ``local_queries`` are None for a model that the gate refused. ``decoder`` lets
     requests that decode at the same time share their steps. ``watch`` notices changed weights.
-    ``profile`` is what was tuned for this model, where the settings leave that open.
+    ``profile`` is what was tuned for this model, where the settings leave that open. ``turns`` is
+    None where finished turns are not kept.
     ``reports`` are those of the last requests, to be explained.
     """
 
@@ -72,6 +74,7 @@ class Runtime:
     watch: Watch
     prefix_cache: PrefixCache
     profile: Profile | None = None
+    turns: Turns | None = None
     seeds: Seeds = field(default_factory=Seeds)
     reports: deque[FusionReport] = field(default_factory=lambda: deque(maxlen=MAX_REPORTS))
 
@@ -96,6 +99,8 @@ class Runtime:
     def close(self) -> None:
         """Release file handles, kept turns and memory kept for caches."""
         self.prefix_cache.close()
+        if self.turns is not None:
+            self.turns.close()
         self.executor.buffers.clear()
         if self.library is not None:
             self.library.text_index.try_to_write()
@@ -120,6 +125,7 @@ def start(
     size_limit: int | None,
     codec: str,
     store: StoreOptions,
+    turns_kept_s: float,
 ) -> Runtime:
     """Examine a model and open its store.
 
@@ -159,7 +165,8 @@ def start(
     logger.info("Chunk store at %s, up to %.1f GiB.", cache_dir / "chunks", limit / 2**30)
     if own and gate.reason is None and gate.tested:
         pack(model)
-    library, engine = None, _identity(weights, tokens, gate, codec)
+    library = turns = None
+    engine = _identity(weights, tokens, gate, codec)
     if gate.rotation is not None:
         encoder = ChunkEncoder(model.get_decoder(), gate.rotation, decoder.executor)
         found, beside = make_codec(
@@ -183,6 +190,10 @@ def start(
             room=min(context_window(model), gate.rotation.max_tokens or 2**31),
         )
         planner.find = library.text_index.find
+        if turns_kept_s > 0 and not chunks.local.readonly:
+            turns = Turns(library, chunks.local, turns_kept_s)
+            turns.expire()
+            planner.stored = turns.stored
     return Runtime(
         name=name,
         model=model,
@@ -197,6 +208,7 @@ def start(
         watch=Watch(model),  # which holds weights, so that it comes behind packing
         prefix_cache=_prefix_cache(model, gate),
         profile=profile,
+        turns=turns,
     )
 
 
@@ -220,6 +232,8 @@ def renewed(runtime: Runtime) -> Runtime:
         engine = _identity(weights, tokens, gate, codec.identity)
         library = old.of(engine, codec, beside)
     runtime.planner.find = library.text_index.find if library is not None else None
+    turns = runtime.turns.of(library) if runtime.turns is not None and library is not None else None
+    runtime.planner.stored = turns.stored if turns is not None else None
     return replace(
         runtime,
         gate=gate,
@@ -227,6 +241,7 @@ def renewed(runtime: Runtime) -> Runtime:
         fingerprint=digest(engine, runtime.planner.prefix_ids + runtime.planner.stand_in_ids),
         prefix_cache=_prefix_cache(runtime.model, gate),
         watch=watch,
+        turns=turns,
     )
 
 

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from a3_engine.conversations import Conversation
 from a3_engine.layout import Layout, Span
 
-Kind = Literal["prefix", "chunk", "head", "fresh"]
+Kind = Literal["prefix", "chunk", "head", "turn", "fresh"]
 
 
 class Match(NamedTuple):
@@ -24,20 +25,32 @@ class Segment:
     """A run of the prompt that is either cached (the encode prefix, a chunk) or fresh.
 
     A head is a chunk's first tokens; see :meth:`~a3_engine.chunks.library.ChunkLibrary.head`.
+    A turn is what a conversation said before, and a chunk where it is stored. Its ``owner`` is a
+    part of its key; see :class:`~a3_engine.conversations.Conversation`. One that opens its prompt
+    is computed ``behind`` the very tokens ahead of it, and is exact there.
     """
 
     kind: Kind
     ids: tuple[int, ...]
     text: str = ""
     tag: str | None = None
+    owner: str = ""
+    behind: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Segments in order; those from ``question_from`` on belong to the question where fresh."""
+    """Segments in order; those from ``question_from`` on belong to the question where fresh.
+
+    ``turns`` are what the ``conversation`` said, to be stored when the prompt is answered; the
+    answer finishes the ``unanswered`` one.
+    """
 
     segments: tuple[Segment, ...]
     question_from: int
+    turns: tuple[Segment, ...] = ()
+    unanswered: Segment | None = None
+    conversation: Conversation | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -81,7 +94,9 @@ class Prompt:
             if segment.kind == "chunk" and position >= reused:
                 end = min(stop, last)
                 n_exact = end - position if head is None else min(head, end - position)
-                chunks.append(Span(position, end, n_exact if tuple(so_far) == behind else 0))
+                computed_behind = behind if segment.behind is None else segment.behind
+                exact = n_exact if tuple(so_far) == computed_behind else 0
+                chunks.append(Span(position, end, exact))
                 if end < stop:
                     fresh.append(torch.tensor([last]))
                     question.append(fresh[-1])

@@ -22,7 +22,7 @@ from a3_engine.schemas import without_references
 Tool = dict[str, Any]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-# What calls stand behind in the answers of other models: Mistral's, Granite's, Llama's.
+# What calls stand after in the answers of other models: Mistral's, Granite's, Llama's.
 BEHIND = ("[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>")
 ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
 # Control tokens in some vocabularies; an answer's text is read with them where there are tools.
@@ -97,17 +97,18 @@ def chosen(tools: Sequence[Tool], choice: Any) -> list[Tool] | None:
     ValueError
         There is no such tool.
     """
-    if choice in (None, False, "auto", "none"):
-        return None
-    if choice in (True, "any", "required"):
-        return list(tools)
-    name = choice
-    if isinstance(choice, dict):
-        name = choice.get("function", choice).get("name")
-    found = [tool for tool in tools if tool["function"]["name"] == name]
+    match choice:
+        case None | False | "auto" | "none":
+            return None
+        case True | "any" | "required":
+            return list(tools)
+        case {"function": {"name": str(name)}} | {"name": str(name)} | str(name):
+            found = [tool for tool in tools if tool["function"]["name"] == name]
+        case _:
+            found = []
     if not found:
         names = ", ".join(tool["function"]["name"] for tool in tools)
-        raise ValueError(f"tool_choice {choice!r} names no tool; there are: {names}.")
+        raise ValueError(f"tool_choice {choice!r:.80} names no tool; there are: {names}.")
     return found
 
 
@@ -130,11 +131,28 @@ def grammar(tools: Sequence[Tool], choice: Any, form: Any) -> str | None:
     return json_grammar({"type": "object"} if form == "json" else form, tools)
 
 
+def listed(tools: object) -> list[Any]:
+    """What was given for tools; None is none."""
+    if tools is None:
+        return []
+    if isinstance(tools, str) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools is a list of tools, not {type(tools).__name__}.")
+    return list(tools)
+
+
 def in_full(tool: Tool) -> Tool:
     """A tool whose parameters refer to nothing: templates show them as they stand."""
-    function = tool["function"]
-    parameters = without_references(function.get("parameters", {}))
-    return tool | {"function": function | {"parameters": parameters}}
+    match tool:
+        case {"function": {"name": str(), "parameters": dict(parameters)} as function}:
+            pass
+        case {"function": {"name": str()} as function} if "parameters" not in function:
+            parameters = {}
+        case _:
+            raise ValueError(
+                'A tool is {"type": "function", "function": {"name": ..., "description": ..., '
+                f'"parameters": {{...}}}}}}, not {tool!r:.80}.'
+            )
+    return tool | {"function": function | {"parameters": without_references(parameters)}}
 
 
 def new_call_id() -> str:
@@ -153,7 +171,7 @@ class Malformed:
 class CallReader:
     """Tells text from calls while an answer is streamed.
 
-    It knows calls between tags (Hermes, Qwen, SmolLM), behind a mark (Mistral, Granite, Llama), and
+    It knows calls between tags (Hermes, Qwen, SmolLM), after a mark (Mistral, Granite, Llama), and
     an answer that is nothing but calls in JSON. What may become a call is held back until it is
     certain.
 
@@ -296,7 +314,7 @@ def _tagged(text: str) -> tuple[list[ToolCall], list[Malformed]]:
 
 
 def _behind_marks(text: str) -> tuple[list[ToolCall], list[Malformed]]:
-    """Calls behind marks: JSON, or Mistral's ``name[ARGS]{...}``."""
+    """Calls after marks: JSON, or Mistral's ``name[ARGS]{...}``."""
     calls: list[ToolCall] = []
     bad: list[Malformed] = []
     for body in re.split("|".join(map(re.escape, BEHIND)), text):

@@ -1,7 +1,7 @@
 """What `mend` loses in long prompts by attending to less: docs/results.md says what it found.
 
 `python benchmarks/long_prompts.py FILE --half second --limit 14` spreads each question's passages
-among those of the questions behind it, up to 7,600 tokens, and compares the answer's divergence
+among those of the questions after it, up to 7,600 tokens, and compares the answer's divergence
 from a full prefill (`a3 eval fidelity`) with that of attending to everything, in pairs.
 """
 

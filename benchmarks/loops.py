@@ -120,7 +120,7 @@ def drift_repair(rows: torch.Tensor, n_chunk: int) -> str:
 
 
 def requests() -> None:
-    """Whole requests of 4,096 tokens: milliseconds, and tokens a second behind the first."""
+    """Whole requests of 4,096 tokens: milliseconds, and tokens a second after the first."""
     with TemporaryDirectory() as folder:
         engine = A3Engine.from_pretrained("smollm2-135m-instruct", cache_dir=folder, dtype=DTYPE)
         chunks = chunk_texts(engine.runtime.planner, 4096, 512)

@@ -1,4 +1,4 @@
-"""The demo behind `make demo`: each question answered twice, by full prefill and through A³.
+"""The demo after `make demo`: each question answered twice, by full prefill and through A³.
 
 Real documents, a real model, a stock LlamaIndex index. The first run computes the KV of every
 node and keeps it; later runs find it on disk.

@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteSWAConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -110,6 +111,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "granite-swa": GraniteSWAConfig(**DERIVED, sliding_window=WINDOW, attention_multiplier=0.2),
     "cohere2": Cohere2Config(
         **SHAPE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "lfm2": Lfm2Config(
+        **DERIVED,
+        block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "full_attention", "conv"],
     ),
 }
 

@@ -39,10 +39,10 @@ def measure_decoding(
 ) -> dict[str, Any]:
     """Tokens a second, taking turns; the first round warms up and is not counted.
 
-    Requests are fused by full reuse. ``one`` and ``generate`` count the tokens behind the first, by
+    Requests are fused by full reuse. ``one`` and ``generate`` count the tokens after the first, by
     the time between them. ``request`` and ``at_once`` count all tokens, by the time from the call
-    to the last token of the last answer: of one request in a thread, and of so many. ``step`` and
-    ``steps`` are the model's steps alone, for one cache and for so many, with no token chosen.
+    to the last token of the last answer: of one request in a thread, and of all. ``step`` and
+    ``steps`` are the model's steps alone, for one cache and for all, with no token chosen.
     """
     prompt = engine.plan(QUESTION, chunks)
     inputs = torch.tensor([list(prompt.ids)], device=engine.runtime.model.device)

@@ -1,4 +1,4 @@
-"""Prompts of exactly so many tokens of retrieved context, from the shipped sample's real text."""
+"""Prompts with an exact number of retrieved tokens, from the shipped sample's real text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from a3_engine.prompt import PromptPlanner
 from a3_engine.segments import Prompt
 
 QUESTION = "Answer in one sentence: which of these places is the largest city by population?"
-GRAIN = 256  # a context that does not fit is cut to a multiple of so many tokens
+GRAIN = 256  # a context that does not fit is cut to a multiple of this
 LONGEST_TOKEN = 12  # characters; the mean over some hundred tokens stays far below
 NEARBY = 16  # characters around the likeliest border in which the exact one is looked for
 
 
 def build_prompt(engine: A3Engine, context_tokens: int, chunk_tokens: int) -> Prompt:
-    """A question behind ``context_tokens`` of text in chunks of exactly ``chunk_tokens``.
+    """A question after ``context_tokens`` of text in chunks of exactly ``chunk_tokens``.
 
     The prompt also has the chat template, the blank lines between the chunks, and the question.
     """

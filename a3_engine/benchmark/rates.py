@@ -22,7 +22,7 @@ REPEATS = 5
 SQUARE = {"cpu": 2048}  # side of a product that is large for the device
 LARGE_SQUARE = 8192
 COPIED = 2**28  # bytes, far more than caches hold
-LAYERS = 4  # so many layers' weights in turn do not stay in the caches between two products
+LAYERS = 4  # the weights of four layers in turn do not stay in the caches between two products
 ATTENDED_ROWS = 256  # scores of more rows at once would only take memory
 
 
@@ -90,7 +90,7 @@ def copy_seconds(nbytes: int, origin: torch.device, device: torch.device) -> tup
 
 @torch.inference_mode()
 def linear_rate(model: PreTrainedModel, n_rows: int) -> float:
-    """Operations a second of the model's own linear layers for so many rows."""
+    """Operations a second of the model's own linear layers for this number of rows."""
     layers = model.get_decoder().layers[:LAYERS]
     maps = [
         each
@@ -124,7 +124,7 @@ def attention_rate(model: PreTrainedModel, n_rows: int, n_keys: int) -> float:
 
 
 def fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some calls, behind one that warms up."""
+    """Seconds of the fastest of some calls, after one that warms up."""
     call()
     times = []
     for _ in range(REPEATS):

@@ -24,7 +24,7 @@ PARTS = ("plan", "load", "select", "recompute", "first_token", "other")
 class Timed(NamedTuple):
     """One request: what its report says, and the seconds of each of `PARTS`.
 
-    Right behind it, as many bytes as it read were copied in ``copy_s`` seconds from the host's
+    Right after it, as many bytes as it read were copied in ``copy_s`` seconds from the host's
     memory into the device's at hand, and in ``new_copy_s`` into memory that the system has yet to
     hand out, page by page.
     """
@@ -41,7 +41,7 @@ class Timed(NamedTuple):
 
     @property
     def decode_per_s(self) -> float:
-        """Tokens a second behind the first."""
+        """Tokens a second after the first."""
         return (self.report.generated_tokens - 1) / self.report.decode_s
 
 

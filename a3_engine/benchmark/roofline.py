@@ -122,7 +122,7 @@ def work(
     element_bytes: int,
     local_global: tuple[int, LocalGlobal] | None = None,
 ) -> Work:
-    """What a pass over these rows needs, behind keys and values that are there already.
+    """What a pass over these rows needs, after keys and values that are there already.
 
     Parameters
     ----------

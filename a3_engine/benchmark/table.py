@@ -34,7 +34,7 @@ def tables(benchmark: Row) -> str:
     ]
     lines += [
         f"decoding at {each['context_tokens']}, tokens/s (median): "
-        f"{each['one_per_s']['median']:.1f} behind the first, "
+        f"{each['one_per_s']['median']:.1f} after the first, "
         f"{each['generate_per_s']['median']:.1f} by transformers' generate; in steps of one "
         f"{each['step_per_s']['median']:.1f}, of {each['requests']} "
         f"{each['steps_per_s']['median']:.1f}; with the prefill "
@@ -46,7 +46,7 @@ def tables(benchmark: Row) -> str:
 
 
 HEAD = (
-    "context", "chunk", "method", "ratio", "TTFT s", "least", "most", "sooner", *PARTS, "tok/s",
+    "context", "chunk", "method", "ratio", "TTFT s", "least", "most", "speedup", *PARTS, "tok/s",
     "read MB", "peak MB", "x limit", "x shapes", "x copy", "x new",
 )  # fmt: skip
 WIDTHS = (8, 6, 18, 6, 8, 8, 8, 7, 7, 7, 7, 10, 12, 7, 7, 8, 8, 8, 9, 7, 7)

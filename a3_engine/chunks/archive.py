@@ -20,6 +20,7 @@ from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.payload import DamagedPayload, claim, open_bytes, open_file, read_header
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.chunks.tiers.index import Note
+from a3_engine.conversations import TAG
 from a3_engine.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ def export_chunks(
 ) -> int:
     """Write the chunks, of one tag where given, and what is known of their texts.
 
+    Turns of conversations stay on this machine unless their tag is given.
+
     Parameters
     ----------
     step : callable
@@ -53,7 +56,8 @@ def export_chunks(
     with tarfile.open(partial, "w") as tar:
         for row, path in store.entries():
             step()
-            if tag is not None and tag not in row.tags:
+            own = not any(each.startswith(TAG) for each in row.tags)
+            if tag not in row.tags if tag is not None else not own:
                 continue
             try:
                 payload = open_file(path, read_header(path), secret, hashed=False)

@@ -120,6 +120,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @lru_cache(maxsize=1024)
-def chunk_key(engine_fingerprint: str, behind: tuple[int, ...], ids: tuple[int, ...]) -> str:
+def chunk_key(engine_fingerprint: str, context: tuple[int, ...], ids: tuple[int, ...]) -> str:
     """The store's key of a chunk: who computes it, what stands before it, and its token ids."""
-    return digest(FORMAT_VERSION, engine_fingerprint, list(behind), list(ids))
+    return digest(FORMAT_VERSION, engine_fingerprint, list(context), list(ids))

@@ -19,8 +19,8 @@ from a3_engine.chunks.keyed_locks import KeyedLocks
 from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.resident import Resident
-from a3_engine.chunks.store import ChunkStore
 from a3_engine.chunks.text_index import TextIndex
+from a3_engine.chunks.tiers import DiskStore, TieredStore
 from a3_engine.errors import StoreError
 from a3_engine.kv import ChunkKV, KVShape
 from a3_engine.segments import Segment
@@ -82,7 +82,7 @@ class ChunkLibrary:
     def __init__(
         self,
         encoder: Encoder,
-        store: ChunkStore,
+        store: DiskStore | TieredStore,
         text_index: TextIndex,
         *,
         engine: str,
@@ -174,21 +174,25 @@ class ChunkLibrary:
         header = self.header(segment)
         if (resident := self.resident.get(header.key)) is not None:
             return Fetched(resident, True, self.nbytes(segment), 0.0)
-        if (stored := self.store.get(header)) is not None:
+        if (stored := self._home(segment).get(header)) is not None:
             return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
         behind = self._context_kv(segment)
         with self._flights.of(header.key):
-            if (stored := self.store.get(header)) is not None:
+            if (stored := self._home(segment).get(header)) is not None:
                 return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
             self.touch(beside)
             [payload], started = self._compute([segment], behind)
             try:
-                self.store.put(payload, segment.tag)
+                self._home(segment).put(payload, segment.tag)
             except StoreError as error:
                 logger.warning("%s The chunk serves this request only.", error)
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
             return Fetched(self._decoded(payload), False, payload.nbytes, seconds)
+
+    def _home(self, segment: Segment) -> DiskStore | TieredStore:
+        """Turns of conversations stay on this machine."""
+        return self.store.local if segment.owner else self.store
 
     def _beside_device(self, stored: Payload) -> ChunkKV:
         """A stored chunk where the device gets at it fast: decoded there, or in pinned memory."""
@@ -262,6 +266,8 @@ class ChunkLibrary:
         """Ids that a segment is computed after; no stand-in where both would not fit."""
         if segment.kind == "prefix":
             return ()
+        if segment.behind is not None:
+            return segment.behind
         fits = len(self._all_ids) + len(segment.ids) <= self._room
         return self._all_ids if fits and segment.kind == "chunk" else self.prefix_ids
 
@@ -273,7 +279,7 @@ class ChunkLibrary:
         """
         if self.context_ids(chunk) == self.prefix_ids:
             return None
-        return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag)
+        return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag, owner=chunk.owner)
 
     def _context_kv(self, segment: Segment) -> ChunkKV | None:
         """KV of what a segment is computed behind; stored as all else, so computed once."""
@@ -310,7 +316,8 @@ class ChunkLibrary:
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
         behind = self.context_ids(segment)
-        key = chunk_key(self._engine, behind, segment.ids)
+        engine = digest(self._engine, segment.owner) if segment.owner else self._engine
+        key = chunk_key(engine, behind, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec.name
         shape, values = self._shape.of_chunk(len(segment.ids))
         return Header(
@@ -325,4 +332,6 @@ class ChunkLibrary:
 
 
 def _about(segment: Segment) -> str:
-    return About(Known.of(segment.text), segment.tag).to_json()
+    """A conversation's words are looked for where it says them, and nowhere else."""
+    known = None if segment.owner else Known.of(segment.text)
+    return About(known, segment.tag).to_json()

@@ -34,7 +34,7 @@ class Header:
     ``shape`` is ``(layers, kv_heads, tokens, head_dim)`` of the decoded keys and values, ``dtype``
     theirs as torch prints it; ``value_dim`` is that of the values where it is another, and is left
     out where it is not. A part of a chunk begins at ``first_layer``. ``stand_in`` names the
-    passages that it was computed behind, and is left out where there were none.
+    passages that it was computed after, and is left out where there were none.
     """
 
     key: str
@@ -169,7 +169,7 @@ class Payload:
         return hasher.digest()
 
     def split(self, nbytes: int) -> list[Payload]:
-        """Groups of layers of at most so many bytes each, but of one layer at least."""
+        """Groups of layers of at most ``nbytes`` each, but of one layer at least."""
         if not FORMATS[self.header.codec].by_layer:
             return [self]
         n_layers = self.header.shape[0]

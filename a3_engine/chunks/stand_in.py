@@ -1,12 +1,12 @@
-"""Stand-ins: the passages that chunks are computed behind, in place of a prompt's other documents.
+"""Stand-ins: the passages that chunks are computed after, in place of a prompt's other documents.
 
-In a prompt a chunk stands behind other documents, and its keys and values are those of a text that
-does. Computed behind the chat template's start alone they are those of a text that opens the
-conversation. So a chunk is computed behind a few passages of about the form and length of
+In a prompt a chunk stands after other documents, and its keys and values are those of a text that
+does. Computed after the chat template's start alone they are those of a text that opens the
+conversation. So a chunk is computed after a few passages of about the form and length of
 retrieved ones; only its own keys and values are stored. After FusionRAG (arXiv 2601.12904), which
-computes chunks behind their nearest neighbours.
+computes chunks after their nearest neighbours.
 
-Whose text that is matters: who chooses what another's chunks are computed behind can steer their
+Whose text that is matters: who chooses what another's chunks are computed after can steer their
 answers (HijackKV, arXiv 2607.19957). The stand-in is therefore this file's text, or what the
 engine's owner gives, and never what a request or another document brings.
 

@@ -98,13 +98,13 @@ class TextIndex:
             lengths = {head: np.array(sorted(self._lengths[head], reverse=True)) for head in heads}
             sums = Rolling(text)
             matches: list[Match] = []
-            behind = 0
+            passed = 0
             for start, window in enumerate(windows):
-                if window in heads and start >= behind:
+                if window in heads and start >= passed:
                     stops = start + lengths[window]
                     if (stop := self._longest(text, start, stops, sums)) is not None:
                         matches.append(Match(start, stop))
-                        behind = stop
+                        passed = stop
             return matches
 
     def of(self, engine: str) -> TextIndex:

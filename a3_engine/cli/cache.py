@@ -67,7 +67,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     warm.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     warm.add_argument("--codec", default=DEFAULT_CODEC, choices=CODEC_NAMES)
-    warm.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    warm.add_argument("--encode-prefix", default="template", help="what chunks are computed after")
     warm.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     warm.add_argument("--size-limit", type=nbytes, metavar="SIZE")
     warm.add_argument("--store", help="URL of a shared store")

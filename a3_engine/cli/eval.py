@@ -58,7 +58,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="separated by commas; own is each method's own (default: 0.15)",
     )
     run.add_argument("--half", choices=("first", "second"), help="of each set: tune, then report")
-    run.add_argument("--limit", type=int, help="at most so many rows of each set")
+    run.add_argument("--limit", type=int, help="rows of each set at most")
     run.add_argument(
         "--quick",
         action="store_true",
@@ -80,7 +80,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     how = run.add_argument_group("engine and output")
     how.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     how.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
-    how.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    how.add_argument("--encode-prefix", default="template", help="what chunks are computed after")
     how.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     how.add_argument("--codec", default="raw", choices=CODEC_NAMES, help="how chunks are stored")
     how.add_argument("--cache-dir", help="folder of the chunk store")

@@ -9,7 +9,7 @@ from pathlib import Path
 from a3_engine.chunks.stand_in import AUTO, NONE, SHIPPED
 
 STAND_IN_HELP = (
-    "passages that chunks are computed behind as well: shipped, none, or a text file of your own "
+    "passages that chunks are computed after as well: shipped, none, or a text file of your own "
     "in which empty lines stand between them; auto is what a3 tune saved for the model, or else "
     "shipped (default: auto)"
 )

@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
-    run.add_argument("--encode-prefix", default="template", help="what chunks are computed behind")
+    run.add_argument("--encode-prefix", default="template", help="what chunks are computed after")
     run.add_argument("--cache-dir", type=folder, help="the folder whose engines use the profile")
     run.add_argument(
         "--prompts", type=int, default=12, help="made of the documents (default: %(default)s)"

@@ -65,7 +65,7 @@ class ActiveRequest:
         return self.reason is not None or self.error is not None
 
     def take(self, logits: torch.Tensor) -> None:
-        """Choose the token behind these logits, ``(1, vocabulary)``, and hand it on."""
+        """Choose the token after these logits, ``(1, vocabulary)``, and hand it on."""
         scores = self._processors(self.ids, logits.float())
         if self._sampling.temperature > 0:
             chosen = draw(torch.softmax(scores, dim=-1), self._generator)

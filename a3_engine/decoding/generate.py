@@ -39,7 +39,7 @@ def decode(
 ) -> str:
     """Generate an answer to the prompt ``ids`` and return why it ended.
 
-    The prefill with a pending `FusedCache` is the fusion pass; its compressor cuts it behind the
+    The prefill with a pending `FusedCache` is the fusion pass; its compressor cuts it after the
     first token. Without a cache the model, whatever its kind, answers by transformers' `generate`.
     A recorder takes down log probabilities.
 

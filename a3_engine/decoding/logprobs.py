@@ -15,7 +15,7 @@ ANCHOR = "a"  # stands before a token, since some tokenizers drop a blank where 
 class RecordLogprobs(LogitsProcessor):
     """Looks on while tokens are chosen; one object serves one answer.
 
-    As the first of a request's own processors it sees the model's distribution behind a repetition
+    As the first of a request's own processors it sees the model's distribution after a repetition
     penalty, and before temperature, top-k, top-p and a grammar.
 
     Parameters

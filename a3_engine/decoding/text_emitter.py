@@ -64,7 +64,7 @@ class TextEmitter:
     def _send(self, text: str, final: bool = False) -> None:
         if self.stopped:
             return
-        # What was sent holds none, so that one can only begin behind it.
+        # What was sent holds none, so that one can only begin after it.
         found = [at for at in (text.find(s, self._sent) for s in self._stop) if at >= 0]
         if found:
             self.stopped = True

@@ -1,4 +1,4 @@
-"""Long texts cut into chunks of so many tokens, at the borders that a reader would choose."""
+"""Long texts cut into chunks of a given length, at the borders that a reader would choose."""
 
 from __future__ import annotations
 

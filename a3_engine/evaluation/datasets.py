@@ -45,7 +45,7 @@ class Example:
     Parameters
     ----------
     head, ask : str
-        The words before and behind the passages. Where ``ask`` is empty, a task uses its own, with
+        The words before and after the passages. Where ``ask`` is empty, a task uses its own, with
         the question.
     begin : str
         How the answer begins; the model goes on from there.
@@ -83,7 +83,7 @@ def read_examples(
     Parameters
     ----------
     limit : int or None
-        At most so many rows.
+        Rows at most.
     chunker : Chunker or None
         Cuts long contexts, after taking out the middle of those that the window would not hold;
         None keeps each whole.
@@ -138,7 +138,7 @@ def _example(row: dict[str, Any], stem: str, number: int, chunker: Chunker | Non
     if "prompt" in row:
         found = LONGBENCH_PROMPT.fullmatch(row["prompt"])
         if found is None:
-            raise ValueError("the prompt does not end in a question behind a context")
+            raise ValueError("the prompt does not end in a question after a context")
         context, question = found["context"], found["question"].strip()
         head, ask = found["head"].strip(), found["ask"].strip()
     elif "context" in row:

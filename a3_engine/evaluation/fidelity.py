@@ -57,12 +57,16 @@ class Fidelity:
     ttft_s: float
 
 
-@torch.inference_mode()
 def full_prefill(engine: A3Engine, example: Example) -> Reference:
     """The reference of an example."""
-    prompt = example_prompt(engine, example)
-    gold = list(engine.runtime.planner.tokenize_text(example.answers[0]))
-    cache = DynamicCache()  # one with a config cannot be cut back behind a sliding window
+    return reference_of(engine, example_prompt(engine, example), example.answers[0])
+
+
+@torch.inference_mode()
+def reference_of(engine: A3Engine, prompt: Prompt, accepted: str) -> Reference:
+    """The reference of a prompt, with its accepted answer."""
+    gold = list(engine.runtime.planner.tokenize_text(accepted))
+    cache = DynamicCache()  # one with a config cannot be cut back where a window slides
     started = time.perf_counter()
     logits = _forward(engine, prompt.ids, cache)[-1:]
     seconds = time.perf_counter() - started
@@ -97,7 +101,7 @@ def fidelity(engine: A3Engine, reference: Reference, method: Method) -> Fidelity
 
 @torch.inference_mode()
 def answer_nll(engine: A3Engine, prompt: Prompt, answer: str, method: Method) -> float:
-    """Mean negative log-likelihood of an answer's tokens behind a prompt, in nats."""
+    """Mean negative log-likelihood of an answer's tokens after a prompt, in nats."""
     gold = list(engine.runtime.planner.tokenize_text(answer))
     cache, first, _ = _fused(engine, prompt, method, len(gold))
     return _gold_nll(engine, cache, first, gold)
@@ -119,7 +123,7 @@ def _fused(
 
 
 def _forward(engine: A3Engine, ids: Sequence[int], cache: Cache) -> torch.Tensor:
-    """Logits behind these tokens, shape ``(tokens or 1, vocabulary)``; a prompt gives one row."""
+    """Logits after these tokens, shape ``(tokens or 1, vocabulary)``; a prompt gives one row."""
     model = engine.runtime.model
     device = model.get_input_embeddings().weight.device
     keep = 1 if cache.get_seq_length() == 0 else 0

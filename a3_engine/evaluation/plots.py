@@ -149,7 +149,7 @@ def _of_task(rows: Sequence[Row], task: str, value: str) -> list[Row]:
 
 
 def make_panels(count: int) -> tuple[Figure, list[Axes]]:
-    """An empty figure of so many panels, at most four abreast."""
+    """An empty figure with this number of panels, at most four abreast."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

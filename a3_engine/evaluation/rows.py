@@ -21,7 +21,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a row, on a line of its own even behind one that a kill cut short."""
+    """Add a row, on a line of its own even after one that a kill cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(max(file.tell() - 1, 0))

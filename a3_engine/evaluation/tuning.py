@@ -29,13 +29,15 @@ from a3_engine.evaluation.haystack import SENTENCE
 from a3_engine.evaluation.rows import append_row, read_rows
 from a3_engine.fusion.selectors import BALANCED, QUALITIES
 from a3_engine.fusion.selectors.base import Selector
+from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.method import Method
 from a3_engine.profile import Profile
 
 CHUNK_TOKENS, PASSAGES = 192, 5  # of a prompt
 STAND_IN_PASSAGES, DRAWS = 4, 2  # of the corpus
-STRENGTHS, RATIOS = (0.15, 0.3, 0.6), (0.02, 0.1, 0.15)
-AT = 0.05  # the ratio at which stand-ins and strengths are compared; so is recomputing nothing
+STRENGTHS = 0.15, 0.3, 0.6
+# Less than the method's least number of tokens is no choice in prompts as short as these.
+RATIOS = 0.15, 0.25
 ENOUGH = 1.2  # times the best ratio's divergence: what a cheaper one may have
 ASK = 'How does this sentence of the documents go on? "{begin}"'
 
@@ -125,7 +127,7 @@ class Tuner:
     ----------
     documents : sequence of str
     encode_prefix : str
-        What chunks are computed behind, before any stand-in.
+        What chunks are computed after, before any stand-in.
     prompts : int
         How many are made; half of them choose.
     seed : int
@@ -166,7 +168,7 @@ class Tuner:
             examples = make_examples(rest, self.prompts, self.seed)
             first, second = examples[: len(examples) // 2], examples[len(examples) // 2 :]
             nothing = Profile(NONE, 0.0, 0.0).selector
-            tried = [nothing, *(Profile(NONE, AT, s).selector for s in STRENGTHS)]
+            tried = [nothing, *(Profile(NONE, Mend.ratio, s).selector for s in STRENGTHS)]
             default = QUALITIES[BALANCED]
             # Steps of one setting on one prompt; two settings are measured on the second half too.
             total = len(first) * (len(stand_ins) * len(tried) + len(RATIOS) + 1) + 2 * len(second)

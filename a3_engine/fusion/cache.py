@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from a3_engine.devices import send
 from a3_engine.kv import ChunkKV, KVShape, LayerShape
+from a3_engine.model.folding import Folding
 from a3_engine.model.hooks import Args, Kwargs, SteeringCache, unmade_mask
 from a3_engine.model.masks import Observer, RowMask
 from a3_engine.segments import Segment
@@ -92,6 +93,8 @@ class FusedLayer(DynamicLayer):
     ----------
     on_arrival : callable or None
         Lays into the buffers what is still on its way to them; called before anybody looks.
+    after_arrival : callable or None
+        Called once with the layer, as soon as all is there and before anybody looks.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class FusedLayer(DynamicLayer):
         self.length = 0
         self.rows: torch.Tensor | None = None
         self.on_arrival: Callable[[], None] | None = None
+        self.after_arrival: Callable[[FusedLayer], None] | None = None
         self.before_write: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -133,6 +137,9 @@ class FusedLayer(DynamicLayer):
         if self.on_arrival is not None:
             bring, self.on_arrival = self.on_arrival, None
             bring()
+        if self.after_arrival is not None:
+            then, self.after_arrival = self.after_arrival, None
+            then(self)
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's keys and values as views, each of the buffers' shape up to ``n_prompt``."""
@@ -187,7 +194,7 @@ class FusedLayer(DynamicLayer):
         return self._keys, self._values
 
     def make_room(self, n_tokens: int) -> int:
-        """Have free slots for so many tokens at least; how many there are."""
+        """Have at least ``n_tokens`` free slots; returns how many there are."""
         missing = self.length + n_tokens - self._keys.shape[2]
         if missing > 0:
             more = (0, 0, 0, missing + ROOM)
@@ -208,7 +215,7 @@ class FusedLayer(DynamicLayer):
         slots : torch.Tensor
             Sorted; shape ``(slots,)``, or ``(kv_heads, slots)`` where each head keeps others.
         room : int
-            Empty slots behind them.
+            Empty slots after them.
         """
         self.arrive()
         slots = send(slots, self.device).expand(self._keys.shape[1], -1)
@@ -221,10 +228,16 @@ class FusedLayer(DynamicLayer):
             for buffer in (self._keys, self._values)
         )
         n_evicted = self.n_evicted + self.n_prompt - n_kept
-        layer = FusedLayer(keys, values, n_kept, n_evicted, self.is_sliding, self.shape.latent)
+        layer = self._alike(keys, values, n_kept, n_evicted)
         layer.length = 0 if self.pending else n_kept
         layer._show()
         return layer
+
+    def _alike(
+        self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int
+    ) -> FusedLayer:
+        """Another layer of its kind."""
+        return FusedLayer(keys, values, n_prompt, n_evicted, self.is_sliding, self.shape.latent)
 
     def get_seq_length(self) -> int:
         return 0 if self.pending else self.length + self.n_evicted
@@ -235,6 +248,29 @@ class FusedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         self.length -= abs(tokens_to_remove)
         self._show()
+
+
+class FoldedLayer(FusedLayer, Folding):
+    """A layer that folds its inputs into a state; they stand where others have keys and values."""
+
+    lazy_initialization = LinearAttentionLayer.lazy_initialization  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        n_prompt: int,
+        n_evicted: int = 0,
+        n_states: int = 1,
+    ) -> None:
+        LinearAttentionLayer.__init__(self, n_states)
+        FusedLayer.__init__(self, keys, values, n_prompt, n_evicted)
+        self.shape = self.shape._replace(folds=n_states)
+
+    def _alike(
+        self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int
+    ) -> FusedLayer:
+        return FoldedLayer(keys, values, n_prompt, n_evicted, self.shape.folds)
 
 
 class FusedCache(SteeringCache):
@@ -249,10 +285,10 @@ class FusedCache(SteeringCache):
     passing : bool
         Whether the forward that goes on now is the first.
     observer : callable or None
-        Sees every attention of the tokens behind the prompt; see
+        Sees every attention of the tokens after the prompt; see
         :class:`~a3_engine.model.masks.RowMask`, whose positions are slots here.
     compressor : Compressor or None
-        Cuts the cache behind the first token.
+        Cuts the cache after the first token.
     on_device : list of (Segment, ChunkKV)
         What was brought to the device for it, whole once its pass is over.
     """

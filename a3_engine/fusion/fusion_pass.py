@@ -115,7 +115,9 @@ class FusionPass:
     ) -> None:
         # The cache holds the pass, and not the pass the cache: in a circle, its memory would wait
         # for Python's collector.
-        self._sliding = [layer.is_sliding for layer in cache.layers]
+        self._sliding = [
+            layer.is_sliding if layer.shape.attends else None for layer in cache.layers
+        ]
         self._home = cache.layers[0].device
         self.layout = layout = layout.on(self._home)
         self.abandoned = abandoned
@@ -227,11 +229,12 @@ class FusionPass:
         cached.rows = mask.slots
         cached.before_write = (
             partial(self._before_write, index, cached, self.rows)
-            if self._before_write and self.selected is not None
+            if self._before_write and self.selected is not None and cached.shape.attends
             else None
         )
         args, kwargs = self._sliced(args, kwargs, self._given)
-        if self.last_token_only and index == len(cache.layers) - 1 and self.observer is None:
+        last = index == len(cache.layers) - 1 and cached.shape.attends
+        if last and self.last_token_only and self.observer is None:
             cached.complete(*capture(layer, args, kwargs).kept)
             before = self.rows
             self._go_on_with(self.rows[-1:])

@@ -27,8 +27,8 @@ class LayerPruning:
     kept_per_layer : mapping of int to float
         For some layers, in ascending order from 1 on, the share of the picked tokens that is
         computed from there on. What lies beyond the last layer is never reached.
-    sliding : sequence of bool
-        Which layers attend within a sliding window.
+    sliding : sequence of bool or None
+        Which layers attend within a sliding window; None for those that do not attend.
     layout : Layout
     selected : torch.Tensor
         Sorted positions of the picked tokens.
@@ -44,21 +44,19 @@ class LayerPruning:
     def __init__(
         self,
         kept_per_layer: Mapping[int, float],
-        sliding: Sequence[bool],
+        sliding: Sequence[bool | None],
         layout: Layout,
         selected: torch.Tensor,
         pool: Pool,
     ) -> None:
-        self._kept_per_layer = {
-            stage: share for stage, share in kept_per_layer.items() if stage < len(sliding)
-        }
         self._selected = selected
         self._shown_by = {
-            stage: next(
-                (layer for layer in reversed(range(stage)) if not sliding[layer]), stage - 1
-            )
-            for stage in self._kept_per_layer
+            stage: max(below, key=lambda at: (not sliding[at], at))
+            for stage in kept_per_layer
+            if stage < len(sliding)
+            and (below := [at for at in range(stage) if sliding[at] is not None])
         }
+        self._kept_per_layer = {stage: kept_per_layer[stage] for stage in self._shown_by}
         self._sums = AttentionSums(layout, set(self._shown_by.values()), pool)
         self.survivors: dict[int, torch.Tensor] = {}
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.fusion.arrival import load_by_kernel
-from a3_engine.fusion.cache import FusedCache, FusedLayer
+from a3_engine.fusion.cache import FoldedLayer, FusedCache, FusedLayer
 from a3_engine.kv import ChunkKV
 from a3_engine.model.attention import has_window
 from a3_engine.model.executor import DeviceExecutor
@@ -35,9 +35,14 @@ def allocate(
             both = torch.empty(slots * shape.size, dtype=dtype, device=device)
         sizes = [slots * shape.heads * dim for dim in (shape.key_dim, shape.value_dim)]
         keys, values = (
-            part.view(n_prompts, shape.heads, capacity, -1) for part in torch.split(both, sizes)
+            part.view(n_prompts, shape.heads, capacity, dim)
+            for part, dim in zip(torch.split(both, sizes), shape[1:3], strict=True)
         )
-        layers.append(FusedLayer(keys, values, n_prompt, 0, window, shape.latent))
+        layers.append(
+            FoldedLayer(keys, values, n_prompt, n_states=shape.folds)
+            if shape.folds
+            else FusedLayer(keys, values, n_prompt, 0, window, shape.latent)
+        )
     return FusedCache(layers)
 
 

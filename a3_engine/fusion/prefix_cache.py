@@ -76,6 +76,8 @@ class CachedPrefix:
     def copy_to(self, cache: FusedCache, tokens: int) -> None:
         """Lay the first tokens into a pending cache."""
         for layer, (keys, values) in zip(cache.layers, self.states, strict=True):
+            if not layer.shape.heads:  # nothing is kept there
+                continue
             own_keys, own_values = layer.shape.ours(*layer.stored())
             own_keys[:, :, :tokens] = keys[:, :, :tokens]
             own_values[:, :, :tokens] = values[:, :, :tokens]

@@ -44,7 +44,7 @@ def question_attention(
     cache: FusedCache,
     fusion: FusionPass,
     ids: Sequence[int],
-    layers: range,
+    layers: Sequence[int],
     pool: Pool,
 ) -> torch.Tensor:
     """The question's attention to every token, shape ``(layers, tokens)``, fp32.
@@ -65,7 +65,7 @@ def question_alone(
     cache: FusedCache,
     fusion: FusionPass,
     ids: Sequence[int],
-    layers: range,
+    layers: Sequence[int],
     pool: Pool,
 ) -> torch.Tensor:
     """The same for a question that has seen no chunk: its queries meet the loaded keys at the end.

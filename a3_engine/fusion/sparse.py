@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from a3_engine.bounded_lru import BoundedLRU
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.fusion.fusion_pass import FusionPass
 from a3_engine.fusion.loading import allocate, load_chunks
@@ -31,7 +31,7 @@ class LocalQueries:
 
     def __init__(self, model: PreTrainedModel, rotation: Rotation) -> None:
         self._model, self._rotation = model, rotation
-        self._known: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+        self._known: BoundedLRU[tuple[object, ...], torch.Tensor] = BoundedLRU(REMEMBERED)
 
     def get(
         self,
@@ -50,17 +50,15 @@ class LocalQueries:
         layers : range
             The layers whose queries are wanted.
         prefix
-            Ids and KV of what the chunk was computed behind.
+            Ids and KV of what the chunk was computed after.
         ids, kv
             The chunk's own.
         """
         key = (prefix[0], ids, n_local, layers)
-        if key not in self._known:
-            self._known[key] = self._compute(n_local, layers, prefix, ids, kv)
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        if (known := self._known.get(key)) is None:
+            known = self._compute(n_local, layers, prefix, ids, kv)
+            self._known.put(key, known)
+        return known
 
     def _compute(
         self,

@@ -52,7 +52,9 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-FUSED_KEYS = 3072  # up to so many, the fused kernel is the quickest for one token everywhere
+FUSED_KEYS = (
+    3072  # up to this number of keys the fused kernel is the fastest for one token everywhere
+)
 
 
 class Captured(Exception):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from a3_engine.model.folding import Folding
 from a3_engine.model.hooks import Args, Kwargs, SteeringCache, arguments, unmade_mask
 from a3_engine.model.masks import DecodeMask
 
@@ -38,6 +39,46 @@ class BatchLayer:
         return [key for key, _ in pairs], [value for _, value in pairs]
 
 
+class BatchStates(LinearAttentionLayer):
+    """The states of one layer that folds tokens into them; see :mod:`a3_engine.model.folding`."""
+
+    def __init__(self, layers: Sequence[Folding]) -> None:
+        super().__init__(layers[0].number_of_states)
+        self._layers = layers
+
+    def take(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Let each request keep its input, and line up their states."""
+        for place, layer in enumerate(self._layers):
+            layer.take(inputs[place : place + 1])
+        first = self._layers[0]
+        self.has_previous_state = dict.fromkeys(range(self.number_of_states), True)
+        self.conv_kernel_size = first.conv_kernel_size
+        self.is_conv_states_initialized = first.is_conv_states_initialized
+        self.is_recurrent_states_initialized = first.is_recurrent_states_initialized
+        for name, together in self._states().items():
+            for index in together:
+                states = [getattr(layer, name)[index] for layer in self._layers]
+                together[index] = None if states[0] is None else torch.cat(states)
+        return inputs
+
+    def give(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Hand the states back."""
+        for name, together in self._states().items():
+            for index, states in together.items():
+                for layer, own in zip(self._layers, () if states is None else states, strict=False):
+                    getattr(layer, name)[index] = own[None]
+        return outputs
+
+    def _states(self) -> dict[str, dict[int, torch.Tensor | None]]:
+        return {"conv_states": self.conv_states, "recurrent_states": self.recurrent_states}
+
+
+def _together(layers: Sequence[Any]) -> Any:
+    if not isinstance(layers[0], Folding):
+        return BatchLayer(layers)
+    return layers[0] if len(layers) == 1 else BatchStates(layers)
+
+
 class BatchCache(SteeringCache):
     """Caches of requests that are all past their first token.
 
@@ -49,7 +90,7 @@ class BatchCache(SteeringCache):
 
     def __init__(self, caches: Sequence[Cache]) -> None:
         by_layer = zip(*(cache.layers for cache in caches), strict=True)
-        super().__init__(layers=[BatchLayer(layers) for layers in by_layer])  # type: ignore[misc]
+        super().__init__(layers=[_together(layers) for layers in by_layer])
         self.lengths = [cache.get_seq_length() for cache in caches]
         self.mask = DecodeMask()
 
@@ -72,7 +113,7 @@ class BatchCache(SteeringCache):
 def step(
     model: nn.Module, ids: Sequence[int], caches: Sequence[Cache], device: Any
 ) -> torch.Tensor:
-    """Logits behind one token of each request, shape ``(requests, 1, vocabulary)``.
+    """Logits after one token of each request, shape ``(requests, 1, vocabulary)``.
 
     Parameters
     ----------

@@ -26,6 +26,11 @@ def _accepted(forward: Callable[..., Any]) -> str | None:
 OURS = _accepted(LlamaModel.forward) or NAMES[0]
 
 
+def takes_cache(module: nn.Module) -> bool:
+    """Whether a module's forward is given a cache."""
+    return _accepted(type(module).forward) is not None
+
+
 def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
     """The keyword argument by which a module's forward takes this cache."""
     return {_accepted(type(module).forward) or OURS: cache}

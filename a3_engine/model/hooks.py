@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache
 from a3_engine.devices import send
 from a3_engine.model.attention import install
 from a3_engine.model.cache_argument import cache_in, with_cache
+from a3_engine.model.folding import install_on
+from a3_engine.model.kv_shape import mixers
 from a3_engine.model.latent import expand_each, is_latent
 
 Args = tuple[Any, ...]
@@ -61,7 +63,8 @@ def run_pass(decoder: PreTrainedModel, ids: Sequence[Sequence[int]], cache: Stee
 
 def install_hooks(model: PreTrainedModel) -> None:
     """Let a `SteeringCache` steer a model's decoder layers."""
-    layers = model.get_decoder().layers
+    decoder = model.get_decoder()
+    layers = decoder.layers
     owner = weakref.ref(model)  # the layers would hold their model, in a circle
 
     def hook_for(index: int) -> Callable[..., Any]:
@@ -80,8 +83,11 @@ def install_hooks(model: PreTrainedModel) -> None:
     if getattr(layers, "_a3_hooks_installed", False):  # another engine shares the model
         return
     install(model)
+    kept = mixers(decoder)
     layers._a3_hooks_installed = True  # type: ignore[assignment]
-    for index, layer in enumerate(layers):
+    for index, (layer, mixer) in enumerate(zip(layers, kept, strict=True)):
+        if mixer is not None:
+            install_on(mixer, index)
         if is_latent(layer):
             expand_each(layer)
         layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from a3_engine.devices import send
+from a3_engine.processes import cached_property
 
 # A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
 # small one in its caches. An accelerator wants large ones.
@@ -130,7 +130,7 @@ class RowMask:
         return torch.searchsorted(self.key_positions, positions)
 
     def seen(self, window: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each row the first key that it sees, and the first behind those; ``(1, rows)``.
+        """For each row the first key that it sees, and the first after those; ``(1, rows)``.
 
         Beside these, it sees those that are `LocalGlobal.global_positions`.
         """
@@ -184,7 +184,7 @@ class RowMask:
     ) -> Block:
         assert self.local_global is not None
         first, shared = int(starts[rows.start]), self.local_global.global_positions.cpu()
-        # What is shared ahead of the block's first range is visible to all its rows.
+        # What is shared before the block's first range is visible to all its rows.
         local_global = torch.arange(first, int(stops[rows.stop - 1]))
         far = (local_global < starts[rows, None]) & ~torch.isin(local_global, shared)
         keys = torch.cat([shared[shared < first], local_global]).to(device)

@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.attention import capture
 from a3_engine.model.cache_argument import with_cache
-from a3_engine.model.kv_shape import kv_shape
+from a3_engine.model.kv_shape import kv_shape, ordinary_cache
 
 TEXT = """The lighthouse stands on the northern shore, and its lamp burns through the night. Every \
 evening the keeper climbs two hundred steps, fills the oil, trims the wick and writes the weather \
@@ -88,14 +89,14 @@ class Probe:
             raise UnsupportedModelError(
                 f"its own predictions are not numbers in {model.dtype}: give another dtype"
             )
-        with _rounding(model.get_decoder().layers, self.windows):
+        with _rounding(model.get_decoder(), self.windows):
             self._rounded = self.ordinary(rows)
 
     def ordinary(self, rows: torch.Tensor, start: int = 0) -> Outcome:
         """The model's own forward up to the last of these rows; its tokens begin at a position."""
         ids = self.ids[:, : int(rows[-1]) + 1]
         places = torch.arange(ids.shape[1], device=ids.device)[None] + start
-        cache = DynamicCache()  # one with a config drops what lies outside a sliding window
+        cache = ordinary_cache(self.model.get_decoder())
         logits = self.model(
             input_ids=ids,
             position_ids=places,
@@ -105,6 +106,8 @@ class Probe:
         shapes = kv_shape(self.model.get_decoder()).layers
         states = [
             shape.ours(layer.keys, layer.values)
+            if shape.heads
+            else (logits.new_empty(1, 0, ids.shape[1], 0),) * 2
             for shape, layer in zip(shapes, cache.layers, strict=True)
         ]
         return Outcome(states, log_probs(logits[0]))
@@ -154,7 +157,7 @@ class Probe:
 
 
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
-    """Of ``(rows, vocabulary)``, in fp64 on the CPU: in fp32 the sum of so many is no number."""
+    """Of ``(rows, vocabulary)``, in fp64 on the CPU: in fp32 the sum may overflow."""
     return torch.log_softmax(logits.cpu().double(), dim=-1)
 
 
@@ -172,19 +175,21 @@ def distance(ours: torch.Tensor, reference: torch.Tensor, rows: torch.Tensor) ->
 
 
 @contextmanager
-def _rounding(layers: nn.ModuleList, windows: list[int | None]) -> Iterator[None]:
+def _rounding(decoder: PreTrainedModel, windows: list[int | None]) -> Iterator[None]:
     """Meanwhile all that enters a layer is rounded anew, at random; notes the layers' windows."""
+    shapes = zip_longest(decoder.layers, kv_shape(decoder).layers)
+    attends = {layer: shape is None or shape.attends for layer, shape in shapes}
     generator = torch.Generator().manual_seed(0)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        windows.append(capture(layer, args, kwargs).window)
+        windows.append(capture(layer, args, kwargs).window if attends[layer] else None)
         states = args[0] if args else kwargs["hidden_states"]
         noise = torch.randn(states.shape, generator=generator).to(states.device)
         moved = states.float() * (1 + torch.finfo(states.dtype).eps / 2 * noise)
         moved = moved.to(states.dtype)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in attends]
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from a3_engine.devices import send
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.model.kv_shape import kv_shape
 
 Tables = list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each layer
 
@@ -29,7 +31,7 @@ class Rotation:
     ----------
     inv_freq : sequence of torch.Tensor
         Of each layer fp32, shape ``(rotary_dim / 2,)``, on the CPU. A layer without position (NoPE)
-        has zeros: turning by nothing.
+        has zeros: turning by nothing. One without keys has none.
     max_tokens : int or None
         Longest prompt for which these frequencies hold (longrope changes them beyond it).
     adjacent : bool
@@ -138,7 +140,10 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
     UnsupportedModelError
         The decoder has no rotary embedding, or one whose frequencies depend on the prompt's length.
     """
-    rotary = getattr(decoder, "rotary_emb", None)
+    shapes = kv_shape(decoder).layers
+    rotary = next((part for part in decoder.children() if _frequencies(part)), None)
+    if rotary is None and any(shape.folds for shape in shapes):  # these know the order of tokens
+        return Rotation([torch.zeros(0)] * len(decoder.layers))
     if rotary is None:
         raise UnsupportedModelError(
             "the model has no rotary position embedding (ALiBi, learned or no positions)"
@@ -153,7 +158,10 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
     }
 
     rows, max_tokens = [], None
-    for kind in layer_types:
+    for kind, shape in zip_longest(layer_types, shapes):
+        if shape is not None and not shape.attends:
+            rows.append(torch.zeros(0))
+            continue
         rope = per_type.get(kind, parameters)
         rope_type = rope.get("rope_type", "default")
         if rope_type == "dynamic":
@@ -164,9 +172,12 @@ def read_rotation(decoder: PreTrainedModel) -> Rotation:
             max_tokens = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-        row = _inv_freq(rotary, kind if per_type else None)
-        rows.append(row)
+        rows.append(_inv_freq(rotary, kind if per_type else None))
     return Rotation(rows, max_tokens)
+
+
+def _frequencies(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
 
 
 def _inv_freq(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:

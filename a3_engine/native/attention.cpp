@@ -74,7 +74,7 @@ void score(int rows, const element* a, const element* keys, long n, long columns
 }
 
 // sums[R][columns] += weights[R][kTile] * values[n][columns], with rows of sums and values `dim`
-// apart. Weights behind the last value are zero.
+// apart. Weights after the last value are zero.
 template <int R, int G>
 void gather(const element* weights, const element* values, long n, long columns, long dim,
             bool first, float* sums) {

@@ -24,14 +24,15 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import ensure_config, run_in_executor
 from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field
 
 from a3_engine import FusionReport, Prompt
+from a3_engine.decoding.sampling import strings
 from a3_engine.model.loading import default_cache_dir, known_context_window
-from a3_engine.tools import MARKS, CallReader, chosen, grammar
+from a3_engine.tools import MARKS, CallReader, chosen, grammar, listed
 from a3_integrations.langchain.messages import to_engine
 from a3_integrations.langchain.settings import A3Settings, about, langchains_errors, usage
 from a3_integrations.langchain.tools import (
@@ -81,8 +82,8 @@ class ChatA3(A3Settings, BaseChatModel):
             ls_temperature=kwargs.get("temperature", self.temperature),
             ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
         )
-        if ends := stop or self.stop:
-            params["ls_stop"] = ends
+        if ends := strings("stop", self.stop if stop is None else stop):
+            params["ls_stop"] = list(ends)
         return params
 
     def _resolve_model_profile(self) -> ModelProfile:
@@ -212,7 +213,7 @@ class ChatA3(A3Settings, BaseChatModel):
         ValueError
             ``tool_choice`` names no tool.
         """
-        schemas = [to_schema(tool) for tool in tools]
+        schemas = [to_schema(tool) for tool in listed(tools)]
         chosen(schemas, tool_choice)
         return super().bind(tools=schemas, tool_choice=tool_choice, **kwargs)
 
@@ -282,16 +283,28 @@ class ChatA3(A3Settings, BaseChatModel):
     ) -> Request:
         kwargs = dict(kwargs)
         choice, form = kwargs.pop("tool_choice", None), kwargs.pop("format", None)
-        if response_format := kwargs.pop("response_format", None):
+        if (response_format := kwargs.pop("response_format", None)) is not None:
             form = to_form(response_format)
-        tools = kwargs.pop("tools", None) or []
+        tools = listed(kwargs.pop("tools", None))
         tools = [] if choice == "none" else [to_schema(tool) for tool in tools]
         options = self._options(stop, kwargs)
         options["grammar"] = grammar(tools, choice, form)
         options["shown"] = MARKS if tools else ()
-        prompt = self.engine.runtime.planner.plan(to_engine(messages), tools=tools, blank=True)
+        prompt = self.engine.runtime.planner.plan(
+            to_engine(messages),
+            tools=tools,
+            blank=True,
+            conversation=options.pop("conversation") or of_thread(),
+        )
         names = [tool["function"]["name"] for tool in tools]
         return Request(prompt, options, CallReader(names) if tools else None)
+
+
+def of_thread() -> str | None:
+    """The conversation that LangGraph, or a history of messages, runs this call in."""
+    given = ensure_config().get("configurable", {})
+    names = (given.get(name) for name in ("thread_id", "session_id"))
+    return next((str(name) for name in names if name is not None), None)
 
 
 def _chunk(reader: CallReader | None, piece: str) -> ChatGenerationChunk | None:

@@ -12,7 +12,7 @@ from a3_integrations.langchain.settings import A3Settings
 
 
 class A3Precompute(BaseDocumentTransformer):
-    """The last step behind a text splitter: computes and stores each document's KV.
+    """The last step after a text splitter: computes and stores each document's KV.
 
     The documents pass through unchanged. ``llm.precompute(documents)`` does the same in one call.
 

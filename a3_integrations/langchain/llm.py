@@ -85,7 +85,7 @@ class A3LLM(A3Settings, BaseLLM):
         request = self.engine.runtime.planner.plan_raw(prompt)
         with (
             langchains_errors(),
-            self.engine.stream(request, **self._options(stop, kwargs)) as stream,
+            self.engine.stream(request, **self._raw_options(stop, kwargs)) as stream,
         ):
             for piece in stream:
                 chunk = GenerationChunk(text=piece)
@@ -102,7 +102,7 @@ class A3LLM(A3Settings, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         request = await run_in_executor(None, lambda: self.engine.runtime.planner.plan_raw(prompt))
-        stream = await self.engine.astream(request, **self._options(stop, kwargs))
+        stream = await self.engine.astream(request, **self._raw_options(stop, kwargs))
         try:
             with langchains_errors():
                 async for piece in stream:
@@ -113,6 +113,11 @@ class A3LLM(A3Settings, BaseLLM):
         finally:
             stream.close()
         yield _last_chunk(stream.report)
+
+    def _raw_options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        options = self._options(stop, kwargs)
+        del options["conversation"]  # a prompt to complete has no turns
+        return options
 
     def _generate(
         self,

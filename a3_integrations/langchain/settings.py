@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,16 +19,19 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
-from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
+from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS, in_engines_words
 from a3_engine.report import TokenLogprob
 from a3_engine.shared import is_shared, shared_engine
+from a3_engine.turns import DAY_S
 from a3_integrations.langchain.documents import chunk_of
+
+logger = logging.getLogger(__name__)
 
 # What decides about model and store; the other settings are the request's.
 OF_ENGINE = ("model", *ENGINE_FIELDS)
 PER_CALL = tuple("max_tokens" if name == "max_new_tokens" else name for name in CALL_FIELDS)
 ALIASES = {"max_new_tokens": "max_tokens", "model_name": "model", "stop_sequences": "stop"}
-# Settings of hosted models that chains and tests pass to any model; they say nothing here.
+# Settings of hosted models that chains and tests pass to any model.
 HOSTED = {"api_key", "base_url", "max_retries", "timeout", "stream_usage"}
 
 
@@ -101,6 +105,14 @@ class A3Settings(BaseModel):
         default=0, ge=0, description="With logprobs: the likeliest tokens in each place, too."
     )
     seed: int | None = Field(default=None, description="Of sampling; torch's own where None.")
+    conversation: str | None = Field(
+        default=None,
+        description="Whose turns a chat's messages are; LangGraph's thread_id or a history's "
+        "session_id where None, and without these what was said.",
+    )
+    turns_kept_s: float = Field(
+        default=DAY_S, ge=0, description="Seconds that finished turns are kept; 0 keeps none."
+    )
     engine: A3Engine = Field(
         default=None,  # type: ignore[assignment]
         exclude=True,
@@ -122,6 +134,12 @@ class A3Settings(BaseModel):
         }
         if isinstance(values.get("stop"), str):
             values["stop"] = [values["stop"]]
+        if useless := sorted(set(values) & HOSTED):
+            logger.warning(
+                "%s answers in this process, and has no use for %s.",
+                cls.__name__,
+                ", ".join(useless),
+            )
         if unknown := set(values) - set(cls.model_fields) - HOSTED:
             raise ValueError(
                 f"{cls.__name__} has no setting {', '.join(sorted(unknown))}; "
@@ -244,11 +262,9 @@ class A3Settings(BaseModel):
         given = {name: value for name, value in given.items() if value is not None}
         options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         options["max_new_tokens"] = options.pop("max_tokens")
-        n_top = options.pop("top_logprobs")
-        options["logprobs"] = n_top if options["logprobs"] else None
-        ends = stop if stop is not None else options["stop"]
-        options["stop"] = (ends,) if isinstance(ends, str) else tuple(ends or ())
-        return options
+        if stop is not None:
+            options["stop"] = stop
+        return in_engines_words(options)
 
 
 def usage(report: FusionReport) -> dict[str, Any]:

@@ -34,7 +34,14 @@ class A3DocumentStore(KVDocumentStore):
                 f"A3DocumentStore wraps a key-value document store, not a "
                 f"{type(self._inner).__name__}. Call llm.engine.evict(doc_id) where it deletes."
             )
-        self.__dict__.update(vars(self._inner))  # the same collections of the same store
+        super().__init__(  # the same collections of the same store
+            self._inner._kvstore,
+            self._inner._namespace,
+            self._inner._batch_size,
+            self._inner._node_collection_suffix,
+            self._inner._ref_doc_collection_suffix,
+            self._inner._metadata_collection_suffix,
+        )
         self._engine = llm.engine if isinstance(llm, A3LLM) else llm
 
     def persist(self, *args: Any, **kwargs: Any) -> None:

@@ -26,7 +26,7 @@ def main() -> None:
     engine = KVBoost(model, tokenizer, max_cache_bytes=2**31)
 
     def answer(request: dict[str, Any]) -> Answer:
-        times: list[float] = []  # behind the first token it computes what it stores
+        times: list[float] = []  # after the first token it computes what it stores
         result = engine.generate(
             tokenizer.decode(request["ids"]),
             max_new_tokens=1,

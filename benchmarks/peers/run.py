@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="ours and transformers'")
     parser.add_argument("--context", type=int, default=4096, help="tokens")
     parser.add_argument("--chunk-tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3, help="behind the one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="after the one to warm up")
     parser.add_argument("--same-order", action="store_true", help="only the question changes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

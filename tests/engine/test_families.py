@@ -33,9 +33,12 @@ FAMILIES = [
     *("dots1", "phimoe", "gpt_oss", "granitemoe_swa", "glm", "glm4", "cohere", "ernie4_5"),
     *("ernie4_5_moe", "helium", "nanochat", "exaone4", "exaone_moe", "afmoe"),
     *("qwen2_5_vl", "gemma3", "mistral3, ministral3"),
+    *("qwen3_5", "qwen3_5_moe_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "lfm3"),
+    "kimi_linear",
     *LATENT,
 ]
 SEVERAL_SHAPES = ["gemma4_text, as 31B", "gemma4_text, as E4B", "mimo_v2_flash", "deepseek_v3"]
+HYBRIDS = ["qwen3_5", "nemotron_h"]
 MIX = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
 
 
@@ -64,7 +67,7 @@ def test_a_family_is_exact(name):
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
-@pytest.mark.parametrize("name", SEVERAL_SHAPES)
+@pytest.mark.parametrize("name", [*SEVERAL_SHAPES, *HYBRIDS])
 def test_layers_of_several_shapes_go_through_a_codec(make, name, codec):
     """What is read back answers as what was computed, and is the raw chunk up to the codec."""
     logits, raw = {}, None
@@ -80,7 +83,7 @@ def test_layers_of_several_shapes_go_through_a_codec(make, name, codec):
     assert logits[codec][0].equal(logits[codec][1])
 
 
-@pytest.mark.parametrize("name", SEVERAL_SHAPES)
+@pytest.mark.parametrize("name", [*SEVERAL_SHAPES, *HYBRIDS])
 def test_requests_of_one_batch_decode_alike(make, name):
     engine = make(name)
     prompts = [build_prompt(engine, shape) for shape in (MIX, ["prefix", 30, "fresh"])]
@@ -92,7 +95,7 @@ def test_requests_of_one_batch_decode_alike(make, name):
         assert list(together) == alone
 
 
-@pytest.mark.parametrize("name", ["gemma4_text, as E4B", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma4_text, as E4B", "deepseek_v3", *HYBRIDS])
 @pytest.mark.parametrize("selector", ["full_prefill", "mend"])
 def test_a_kept_turn_goes_on_exactly(make, name, selector):
     engine, method = make(name), make_selector(selector, 1.0)

@@ -8,13 +8,17 @@ import math
 import pytest
 import torch
 
+import a3_engine.chunks.library as library_module
 from a3_engine import A3Engine
-from a3_engine.fusion.cache import FusedLayer
+from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.fusion.fusion_pass import States
+from a3_engine.fusion.loading import load_chunks
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
+from a3_engine.fusion.selectors.mend import Mend
+from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.model.rotary import Rotation
@@ -164,6 +168,63 @@ def test_drift_follows_the_most_similar_probes(strength, size):
     ours = layer.stored()
     torch.testing.assert_close(ours[0], expected_keys, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours[1], expected_values, atol=1e-5, rtol=1e-4)
+
+
+def test_the_rest_of_a_first_chunk_follows_its_head():
+    """Token by token: a mean of the head's moves, by the similarity of values behind the stand-in.
+
+    Keys are stored without position, so that no move is turned.
+    """
+    torch.manual_seed(0)
+    layers, heads, tokens, size, n_head, temperature = 2, 2, 9, 4, 3, 0.3
+    chunk = ChunkKV(*torch.randn(2, layers, heads, tokens, size))
+    head = ChunkKV(*torch.randn(2, layers, heads, n_head, size))
+    cache = FusedCache(
+        [FusedLayer(*torch.zeros(2, 1, heads, tokens, size), tokens) for _ in range(layers)]
+    )
+    rotation = Rotation(torch.zeros(layers, size // 2))  # turns nothing
+    load_chunks(cache, rotation, [(0, chunk)], [(0, head)])
+    correction = KVCorrection(temperature=temperature, head_strength=0.7)
+    correction.follow_head(0, chunk, head, cache, rotation)
+    for layer, got in enumerate(cache.stored()):
+        values = chunk.values[layer].transpose(0, 1).flatten(1)
+        for ours, stored, exact in zip(
+            got, (chunk.keys, chunk.values), (head.keys, head.values), strict=True
+        ):
+            assert torch.equal(ours[0, :, :n_head], exact[layer])
+            for token in range(n_head, tokens):
+                alike = [
+                    float(torch.cosine_similarity(values[token], of, 0)) for of in values[:n_head]
+                ]
+                total = sum(math.exp(one / temperature) for one in alike)
+                expected = stored[layer, :, token].clone()
+                for probe, one in enumerate(alike):
+                    move = exact[layer, :, probe] - stored[layer, :, probe]
+                    expected += 0.7 * math.exp(one / temperature) / total * move
+                torch.testing.assert_close(ours[0, :, token], expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_head_moves_the_rest_of_its_chunk_alone(tiny_engine, name, monkeypatch):
+    """And nothing at ratio 0, where chunks are reused as they are."""
+    monkeypatch.setattr(library_module, "HEAD_TOKENS", 5)
+    engine = tiny_engine(name, stand_in=["The lamp burns.", "A keeper of the harbour."])
+    prompt = build_prompt(engine, ["prefix", 12, 9, "fresh"])
+    follows = KVCorrection(strength=0.0, head_strength=0.7)
+
+    def stored(ratio: float, correction: KVCorrection | None = None):
+        _, cache = engine.prepare(prompt, selector=Mend(ratio, correction, least=0))
+        return [state for layer in cache.stored() for state in layer]
+
+    at = prompt.layout(engine.runtime.planner.prefix_ids).chunks[0].start
+    differ = torch.zeros(prompt.n_tokens, dtype=torch.bool)
+    for moved, still in zip(stored(0.3, follows), stored(0.3), strict=True):
+        differ |= (moved != still).any(-1)[0].any(0)  # the first layer knows no context
+    assert differ[at + 5 : at + 12].all()
+    assert not differ[: at + 5].any()
+    assert not differ[at + 12 : at + 21].any()
+    for moved, still in zip(stored(0.0, follows), stored(0.0), strict=True):
+        assert torch.equal(moved[:, :, at : at + 21], still[:, :, at : at + 21])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -29,7 +29,7 @@ def counted(call) -> dict[str, int]:
     return {"linear": linear, "attention": by.get("aten.bmm", 0)}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"lfm2"}))  # whose layers all attend
 def test_the_weights_are_those_of_the_models_linear_layers(name):
     model = tiny_model(name)
     shape = Shape.of(model.config)

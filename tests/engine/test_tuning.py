@@ -125,7 +125,7 @@ def test_it_measures_once_and_chooses_what_was_nearest(documents, tmp_path):
     }
     assert all(math.isfinite(figure.chosen_on) for figure in tuned.figures)
     assert len({(f.stand_in, f.selector) for f in tuned.figures}) == len(tuned.figures)
-    compared = [f for f in tuned.figures if f.selector.ratio == tuning.AT]
+    compared = [f for f in tuned.figures if f.selector.ratio == Mend.ratio]
     nearest = min(compared, key=lambda figure: figure.chosen_on)
     of_ratios = [
         f
@@ -133,7 +133,7 @@ def test_it_measures_once_and_chooses_what_was_nearest(documents, tmp_path):
         if f.stand_in == nearest.stand_in
         and (f.selector.ratio == 0 or f.selector.correction == nearest.selector.correction)
     ]
-    assert sorted(f.selector.ratio for f in of_ratios) == [0, 0.02, tuning.AT, 0.1, 0.15]
+    assert sorted(f.selector.ratio for f in of_ratios) == [0, Mend.ratio, 0.15, 0.25]
     least = min(figure.chosen_on for figure in of_ratios)
     assert tuned.best.chosen_on <= tuning.ENOUGH * least
     cheaper = [f for f in of_ratios if f.selector.ratio < tuned.best.selector.ratio]

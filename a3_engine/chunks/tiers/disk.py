@@ -16,12 +16,12 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import diskcache
 
+from a3_engine.bounded_lru import BoundedLRU
 from a3_engine.chunks.known import About, Known
 from a3_engine.chunks.payload import (
     DamagedPayload,
@@ -38,6 +38,7 @@ from a3_engine.chunks.tiers.filesystem import (
     TurnLock,
     file_system,
     make_private,
+    no_file,
     refuse_network_share,
     remove,
     set_aside,
@@ -100,7 +101,7 @@ class DiskStore:
         self._forbidden = False  # to write, by the folder's mode
         self._opening = Lock()
         # The files whose checksum this process has compared.
-        self._hashed: OrderedDict[Identity, None] = OrderedDict()
+        self._hashed: BoundedLRU[Identity, bool] = BoundedLRU(HASHED_FILES)
         self._open()
         self.size_limit = size_limit or self._half_of_the_disk()
 
@@ -197,6 +198,22 @@ class DiskStore:
         self._reopen_if_replaced()
         return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
 
+    def used_since(self, keys: Iterable[str], since: float) -> set[str]:
+        """Those of the keys that are stored, and were used after a time in seconds."""
+        with self._errors("The index cannot be read in"):
+            return {key for key in keys if self._index.contains(key, since)}
+
+    def expire(self, tags: str, before: float) -> set[str]:
+        """Remove what has a tag that begins so, and was last used before a time in seconds."""
+        with self._errors("Chunks cannot be removed from"):
+            if self.readonly or not self._index.expired(tags, before):
+                return set()
+            with self._changing():
+                gone = self._index.remove_keys(self._index.expired(tags, before))
+                self._index.forget_tags(tags)
+                self._index.wipe()
+                return gone
+
     def state(self) -> str:
         """What stays the same as long as all that was stored is there."""
         with self._errors("The index cannot be read in"):
@@ -221,7 +238,7 @@ class DiskStore:
             self._index.remove_keys(keys)
 
     def shrink(self, nbytes: int) -> set[str]:
-        """Remove the least recently used chunks until the store takes at most so many bytes."""
+        """Remove the least recently used chunks until the store takes at most ``nbytes``."""
         with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.make_room(nbytes)
 
@@ -326,13 +343,13 @@ class DiskStore:
 
     def _is_sound(self, path: Path) -> bool:
         """Whether there is an index of this version's form that can be read; connects to it."""
-        if not path.exists():
+        if not path.exists() or no_file(path):
             return False
         try:
             self._connect(path)
             return self._index.sound() and self._index.file_names() is not None
         except sqlite3.Error as error:
-            if not is_damage(error) and path.is_file():
+            if not is_damage(error):
                 raise
             return False
 
@@ -351,8 +368,9 @@ class DiskStore:
             why = self._damage_of_index(path)
             if why is None:
                 return  # another process has made it
-            with contextlib.suppress(sqlite3.Error):
-                tags = self._index.tags()  # those of later documents are nowhere else
+            if not no_file(path):
+                with contextlib.suppress(sqlite3.Error):
+                    tags = self._index.tags()  # those of later documents are nowhere else
             logger.warning(
                 "The index at %s is damaged (%s). It is kept as %s, and made anew from the chunks.",
                 path,
@@ -380,13 +398,15 @@ class DiskStore:
         self._index.seal()
 
     def _damage_of_index(self, path: Path) -> str | None:
+        if odd := no_file(path):
+            return f"{odd.name} is no file"
         try:
             self._connect(path)
             if problem := next(iter(self._index.problems()), None):
                 return problem
             return None if self._index.sound() else "its tables have another form"
         except sqlite3.Error as error:
-            if is_damage(error) or not path.is_file():
+            if is_damage(error):
                 return str(error)
             raise
 
@@ -440,15 +460,14 @@ class DiskStore:
             raise DamagedPayload("its file is not there")
         times = found.st_mtime_ns, found.st_ctime_ns
         identity = (str(name), found.st_ino, found.st_size, *times)
-        if (opened := self._disk.opened.get(identity, expected)) is not None:
+        opened = self._disk.opened.get(identity)
+        if opened is not None and opened.header == expected:
             return opened
-        payload = open_file(Path(path), expected, self._secret, hashed=identity in self._hashed)
-        self._hashed[identity] = None
-        if len(self._hashed) > HASHED_FILES:
-            with contextlib.suppress(KeyError):
-                self._hashed.popitem(last=False)
+        known = self._hashed.get(identity) is not None
+        payload = open_file(Path(path), expected, self._secret, hashed=known)
+        self._hashed.put(identity, True)
         if self._secret is None:  # what is sealed is checked whenever it is used
-            self._disk.opened.keep(identity, payload)
+            self._disk.opened.put(identity, payload)
             if not os.path.exists(path):  # removed meanwhile
                 self._disk.opened.forget(str(name))
         return payload

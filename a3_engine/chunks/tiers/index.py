@@ -129,9 +129,26 @@ class Index:
         (filename,) = self._database.execute(query, (key,)).fetchone() or (None,)
         return filename
 
-    def contains(self, key: str) -> bool:
-        query = f"SELECT 1 FROM Cache WHERE key = ? AND {OURS}"
-        return self._database.execute(query, (key,)).fetchone() is not None
+    def contains(self, key: str, since: float = 0.0) -> bool:
+        query = f"SELECT 1 FROM Cache WHERE key = ? AND access_time >= ? AND {OURS}"
+        return self._database.execute(query, (key, since)).fetchone() is not None
+
+    def expired(self, tags: str, before: float) -> set[str]:
+        """Keys of entries last used before a time that have a tag which begins so."""
+        query = (
+            "SELECT Cache.key FROM Tags JOIN Cache ON Cache.key = Tags.key AND Cache.raw = 1 "
+            "WHERE Tags.tag >= ?1 AND Tags.tag < ?1 || char(1114111) AND access_time < ?2"
+        )
+        return {key for (key,) in self._database.execute(query, (tags, before))}
+
+    def forget_tags(self, tags: str) -> None:
+        """Forget the tags that begin so, of chunks that are not there."""
+        with self._database.writing() as db:
+            db.execute(
+                "DELETE FROM Tags WHERE tag >= ?1 AND tag < ?1 || char(1114111) "
+                "AND key NOT IN (SELECT key FROM Cache)",
+                (tags,),
+            )
 
     def rows(self) -> Iterator[Row]:
         """All entries, the least recently used first."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from a3_engine.bounded_lru import BoundedLRU
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import StoreStats
 from a3_engine.kv import ChunkKV
-from a3_engine.processes import Lock
 
 
 class MemoryTier:
@@ -30,41 +29,29 @@ class MemoryTier:
     def __init__(self, size_limit: int, *, pin: bool = False) -> None:
         self.size_limit = size_limit
         self._pin = pin
-        self._lock = Lock()
-        self._payloads: OrderedDict[str, Payload] = OrderedDict()
-        self._nbytes = 0
+        self._payloads: BoundedLRU[str, Payload] = BoundedLRU(
+            max_bytes=size_limit, nbytes=lambda payload: payload.nbytes
+        )
 
     def get(self, expected: Header) -> Payload | None:
-        with self._lock:
-            payload = self._payloads.get(expected.key)
-            if payload is None or payload.header != expected:
-                return None
-            self._payloads.move_to_end(expected.key)
-            return payload
+        payload = self._payloads.get(expected.key)
+        return payload if payload is not None and payload.header == expected else None
 
     def put(self, payload: Payload, tag: str | None = None) -> int:
         if payload.nbytes > self.size_limit:
             return 0
         # A copy: what comes from the disk is a mapped file, which is not bounded by anything.
         kept = replace(payload, tensors={n: self._copy(t) for n, t in payload.tensors.items()})
-        self._keep(kept)
+        self._payloads.put(payload.header.key, kept)
         return kept.nbytes
 
     def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
         if payload.decoded is None and kv.nbytes <= self.size_limit:
-            self._keep(replace(payload, tensors={}, decoded=kv))
-
-    def _keep(self, payload: Payload) -> None:
-        with self._lock:
-            self._remove(payload.header.key)
-            self._payloads[payload.header.key] = payload
-            self._nbytes += payload.nbytes
-            while self._nbytes > self.size_limit:
-                self._remove(next(iter(self._payloads)))
+            kept = replace(payload, tensors={}, decoded=kv)
+            self._payloads.put(payload.header.key, kept)
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
-        with self._lock:
-            return set(keys) & self._payloads.keys()
+        return set(keys) & self._payloads.keys()
 
     def touch(self, keys: Sequence[str]) -> None:
         pass  # reading did
@@ -77,25 +64,16 @@ class MemoryTier:
         return set()
 
     def discard(self, keys: Iterable[str]) -> None:
-        with self._lock:
-            for key in keys:
-                self._remove(key)
+        self._payloads.discard(keys)
 
     def stats(self) -> StoreStats:
-        with self._lock:
-            return StoreStats("memory", len(self._payloads), self._nbytes, self.size_limit)
+        return StoreStats("memory", len(self._payloads), self._payloads.nbytes, self.size_limit)
 
     def verify(self, *, fix: bool = True) -> list[str]:
         return []
 
     def close(self) -> None:
-        with self._lock:
-            self._payloads.clear()
-            self._nbytes = 0
+        self._payloads.clear()
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, pin_memory=self._pin).copy_(tensor)
-
-    def _remove(self, key: str) -> None:
-        if (payload := self._payloads.pop(key, None)) is not None:
-            self._nbytes -= payload.nbytes

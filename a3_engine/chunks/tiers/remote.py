@@ -34,7 +34,7 @@ class Blobs(Protocol):
     group_bytes: int  # how large one value may become
 
     def read(self, key: str, most: int) -> list[bytes] | None:
-        """The layer groups of a chunk, in order; no more than one byte above so many."""
+        """The layer groups of a chunk, in order; above ``most`` bytes by one at most."""
 
     def write(self, key: str, parts: list[bytes]) -> None:
         """Keep the layer groups of a chunk, replacing what was there."""

@@ -103,8 +103,11 @@ class Compressor:
 def full_attention_only(
     cache: FusedCache, slots: dict[int, torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """The slots to keep by layer; None, for all, where a layer has a sliding window."""
-    return [None if layer.is_sliding else slots[index] for index, layer in enumerate(cache.layers)]
+    """The slots to keep by layer; None, for all, where one has a sliding window or no keys."""
+    return [
+        slots[index] if layer.shape.attends and not layer.is_sliding else None
+        for index, layer in enumerate(cache.layers)
+    ]
 
 
 def best(scores: torch.Tensor, budget: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from a3_engine.model.masks import RowMask
 class H2O(Compression):
     """Attention added up over all computed rows; part of the budget goes to the last tokens.
 
-    The selection happens once, behind the prompt. The paper also goes on evicting while decoding.
+    The selection happens once, after the prompt. The paper also goes on evicting while decoding.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from a3_engine.model.masks import RowMask
 class LAQ(SnapKV):
     """SnapKV's selection serves to draft a few tokens; their queries select from the full cache.
 
-    The draft is thrown away and decoding begins again behind the first token. Lookahead queries see
+    The draft is thrown away and decoding begins again after the first token. Lookahead queries see
     the whole prompt: the authors' code (noforit/Lookahead_Q-Cache at 74612bd) hides the prompt's
     last tokens from some of them, which is left out here. Selection is by KV head, where theirs is
     by query head. The full cache lives until the second selection: peak memory is not saved.

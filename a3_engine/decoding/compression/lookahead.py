@@ -23,7 +23,7 @@ def lookahead_queries(
     token : int
         The answer's first token.
     count : int
-        Tokens to feed, ``token`` being the first; the draft ends sooner behind an end token.
+        Tokens to feed, ``token`` being the first; the draft ends early after an end token.
 
     Returns
     -------

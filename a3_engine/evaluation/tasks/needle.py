@@ -1,4 +1,4 @@
-"""A needle in a haystack: a sentence hidden at a depth of a long text, asked for behind it.
+"""A needle in a haystack: a sentence hidden at a depth of a long text, asked for after it.
 
 After Kamradt's test (github.com/gkamradt/LLMTest_NeedleInAHaystack), whose needle is the first.
 """
@@ -72,7 +72,7 @@ class Needle(AnswerTask):
     """Depth by length; recall of the facts, and the likelihood of the answer.
 
     Recall of a small model is coarse; ``gold_nll``, the mean negative log-likelihood of the answer
-    in the needle's words behind the needle's beginning (nats a token), moves with every method.
+    in the needle's words after the needle's beginning (nats a token), moves with every method.
     """
 
     name = "needle"

@@ -20,7 +20,7 @@ class A3(LayerSelector):
 
     Follows the authors' code (yczhounlp/ragkv at 8f3a325): heads are flattened into one vector, so
     that a score is the sum of the heads' products over ``sqrt(heads * head_dim)``; the softmax runs
-    over all tokens behind the prefix; scores are summed over the question and average-pooled.
+    over all tokens after the prefix; scores are summed over the question and average-pooled.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class A3(LayerSelector):
         logits = (query @ key.T).float() / math.sqrt(heads * head_dim)
 
         behind_prefix = torch.arange(layout.prefix_tokens, layout.n_tokens, device=device)
-        # Causal within the question only: its words may also stand ahead of the documents.
+        # Causal within the question only: its words may also stand before the documents.
         asks = torch.isin(behind_prefix, question)
         later = asks & (behind_prefix > question[:, None])
         logits[: len(question)].masked_fill_(later, float("-inf"))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from a3_engine.fusion.cache import BeforeWrite, FusedCache
 from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.fusion.fusion_pass import FusionPass
+from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout
 from a3_engine.model.masks import Observer
 from a3_engine.model.rotary import Rotation
@@ -101,6 +102,16 @@ class Selector(ABC):
     def budget(self, layout: Layout) -> int:
         """Number of chunk tokens to recompute."""
         return int(len(layout.chunk_positions) * self.ratio)
+
+    def follow_head(
+        self, start: int, chunk: ChunkKV, head: ChunkKV, cache: FusedCache, rotation: Rotation
+    ) -> None:
+        """Correct the rest of a prompt's first chunk by its head, where anything is corrected.
+
+        At the ratios 0 and 1 nothing is; see :meth:`KVCorrection.follow_head`.
+        """
+        if self.correction is not None and 0.0 < self.ratio < 1.0:
+            self.correction.follow_head(start, chunk, head, cache, rotation)
 
     def before_write(
         self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]

@@ -16,7 +16,7 @@ from a3_engine.layout import Layout
 class FusionRAG(QuestionSelector):
     """The chunk tokens that the question's last layer attends to; it was prefilled without them.
 
-    The paper also encodes every chunk anew behind the chunks most similar to it, which is left out:
+    The paper also encodes every chunk anew after the chunks most similar to it, which is left out:
     chunks are stored as every other method finds them.
     """
 

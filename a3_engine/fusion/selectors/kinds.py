@@ -7,12 +7,14 @@ at all.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from a3_engine.fusion.attention_sums import Pool
+from a3_engine.fusion.cache import FusedLayer
 from a3_engine.fusion.fusion_pass import Pruning, SelectAt, States
 from a3_engine.fusion.scoring import question_alone, question_attention
 from a3_engine.fusion.selectors.base import Prepared, Run, Selector
@@ -20,6 +22,11 @@ from a3_engine.fusion.sparse import mean_queries
 from a3_engine.layout import Layout
 from a3_engine.model.masks import LocalGlobal
 from a3_engine.model.rotary import rotate_
+
+
+def attending(layers: Sequence[FusedLayer]) -> list[int]:
+    """Which layers have keys."""
+    return [index for index, layer in enumerate(layers) if layer.shape.attends]
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class BoundarySelector(Selector):
 class LayerSelector(Selector):
     """Selects inside the pass, at ``layer``; the layers before it are computed for all tokens.
 
+    In a hybrid model that is the next layer that has keys.
+
     As in the released code of A³ and CacheBlend, the ratio is that of all tokens before the
     question: a prefix counts towards the budget, though its tokens are never picked.
     """
@@ -53,7 +62,12 @@ class LayerSelector(Selector):
                 f"{len(run.cache.layers) - 1}."
             )
         fusion = self._start(run, run.cache)
-        fusion.select_at = SelectAt(self.layer, self.select)
+        layer = next((i for i in attending(run.cache.layers) if i >= self.layer), None)
+        if layer is None:
+            raise ValueError(
+                f"{self.name} selects at layer {self.layer}, and none attends from there on."
+            )
+        fusion.select_at = SelectAt(layer, self.select)
         return Prepared(run.cache, fusion)
 
     def budget(self, layout: Layout) -> int:
@@ -89,7 +103,9 @@ class QuestionSelector(Selector):
     def _prepare(self, run: Run) -> Prepared:
         fusion, n_layers = self._start(run, run.cache), len(run.cache.layers)
         look = question_alone if self.alone else question_attention
-        decoder, layers = run.model.get_decoder(), self.layers(n_layers)
+        attend = attending(run.cache.layers)
+        layers = [i for i in attend if i in self.layers(n_layers)] or attend[:1]
+        decoder = run.model.get_decoder()
         attention = look(decoder, run.cache, fusion, run.ids, layers, self.pool)
         fusion.recompute(
             self.select(fusion.layout, attention),
@@ -99,7 +115,11 @@ class QuestionSelector(Selector):
         return Prepared(run.cache, fusion)
 
     def layers(self, n_layers: int) -> range:
-        """The layers whose attention is wanted; all of them unless a method says otherwise."""
+        """The layers whose attention is wanted; all of them unless a method says otherwise.
+
+        Those of a hybrid model that have none are left out; the first that has is taken where none
+        is left.
+        """
         return range(n_layers)
 
     def kept_per_layer(self, n_layers: int) -> dict[int, float]:
@@ -147,6 +167,11 @@ class SparseSelector(Selector):
             raise ValueError(
                 f"{self.name} leaves tokens out, and the model's sliding windows count them. "
                 "Choose another method for this model."
+            )
+        if len(attending(run.cache.layers)) < len(run.cache.layers):
+            raise ValueError(
+                f"{self.name} compares keys, and the model has layers without. Choose another "
+                "method for this model."
             )
         if any(layer.shape.latent for layer in run.cache.layers):
             raise ValueError(

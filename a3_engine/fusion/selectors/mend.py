@@ -16,7 +16,7 @@ from a3_engine.fusion.topk import top_candidates
 from a3_engine.layout import Layout
 from a3_engine.model.masks import LocalGlobal
 
-# Attention to a chunk's first tokens counts so much more, falling off over so many tokens.
+# Attention to a chunk's first token counts for this much more; START_TOKENS later, for a third.
 START_WEIGHT, START_TOKENS = 2.0, 8.0
 WINDOW = 64  # tokens
 SHARED = 2  # times the picked ones are attended to by all
@@ -29,14 +29,14 @@ class Mend(QuestionSelector):
 
     A token counts by the most that any token of the question attends to it, the first ones of a
     chunk for more than that. Tokens whose stored KV is exact already, those of a first chunk that
-    stands just behind what it was computed behind, are not picked.
+    stands just after what it was computed after, are not picked.
 
     Parameters
     ----------
     ratio : float
         Share of the chunk tokens to recompute.
     least : int
-        Tokens to recompute in any case, where there are so many: in short prompts each chunk is a
+        Tokens to recompute at least, where there are as many: in short prompts each chunk is a
         large part, and a small share of them is few tokens to learn from. It counts for the
         method's own ratio alone; one that is asked for is meant as it is.
     correction : KVCorrection or None
@@ -48,8 +48,8 @@ class Mend(QuestionSelector):
         From a share of the depth on, the share of the picked tokens that is still computed; see
         :mod:`a3_engine.fusion.layer_pruning`.
     long_tokens : int
-        Up to so many chunk tokens, the computed ones attend to everything before them in all
-        layers. Beyond, only in so many of the lower layers that it costs no more than that, though
+        Up to this number of chunk tokens, the computed ones attend to everything before them in all
+        layers. Beyond, only in as many of the lower layers as cost no more than that, though
         in a third of them at least; above, to as many tokens again as are picked, those that the
         question attends to next, to each other, and to the 64 tokens up to themselves.
     """
@@ -57,8 +57,10 @@ class Mend(QuestionSelector):
     name: ClassVar[str] = "mend"
     pool: ClassVar[Pool] = "max"
     ratio: float = 0.05
-    # Chunks that were computed behind a stand-in have little left to be moved.
-    correction: KVCorrection | None = field(default_factory=lambda: KVCorrection(strength=0.3))
+    # Chunks that were computed after a stand-in have little left to be moved.
+    correction: KVCorrection | None = field(
+        default_factory=lambda: KVCorrection(strength=0.3, head_strength=0.8)
+    )
     least: int = 128
     depth: float = 1 / 3
     narrow: tuple[tuple[float, float], ...] = ((0.5, 0.7), (0.6, 0.45), (0.8, 0.15))
@@ -120,8 +122,8 @@ class Mend(QuestionSelector):
         # What stands before a chunk moves its first tokens most: alone, they see nothing.
         weights = torch.ones(layout.n_tokens)
         for span in layout.chunks:
-            behind = torch.arange(span.stop - span.start)
-            weights[span.start : span.stop] += START_WEIGHT * torch.exp(-behind / START_TOKENS)
+            offsets = torch.arange(span.stop - span.start)
+            weights[span.start : span.stop] += START_WEIGHT * torch.exp(-offsets / START_TOKENS)
         return attention.mean(0) * send(weights, attention.device)
 
     def select(self, layout: Layout, attention: torch.Tensor) -> torch.Tensor:

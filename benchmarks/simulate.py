@@ -1,5 +1,7 @@
 """What models and machines that are not here would make of it: simulated, never measured.
 
+`python -m benchmarks.simulate --contexts 4096,32768 --ratio 0.15`
+
 Published peak rates, times explicit efficiencies, divide the counts of `roofline.py`. The steps
 come one after the other, as in the engine: a tier is read, the codec decoded on the host, keys
 and values copied to the device and turned there, the question scored over a third of the layers,
@@ -8,6 +10,7 @@ and the rows computed and the other tokens moved (`mend`).
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
@@ -22,7 +25,7 @@ from a3_engine.model.masks import LocalGlobal
 
 BF16 = 2  # bytes
 CHUNK_TOKENS = 512
-FRESH_TOKENS = 64  # template and question, behind the chunks
+FRESH_TOKENS = 64  # template and question, after the chunks
 TURNING = 2  # keys are read and written once more
 GIGA, TERA = 1e9, 1e12
 
@@ -119,7 +122,7 @@ class Times:
         return self.read + self.behind_tier
 
     @property
-    def sooner(self) -> float:
+    def speedup(self) -> float:
         """Full prefill's time to first token as a multiple of fusion's."""
         return self.prefill / self.fusion
 
@@ -187,7 +190,7 @@ def simulate(
     Parameters
     ----------
     context : int
-        Tokens of the chunks; a question of 64 stands behind them.
+        Tokens of the chunks; a question of 64 stands after them.
     ratio : float
         Of them that are computed again, evenly spread; fewer in the upper layers, as `mend` does.
     tier_gb_s : float
@@ -245,7 +248,7 @@ class Bandwidths(NamedTuple):
 
 
 def needed_bandwidths(nbytes: float, times: Times, efficiency: Efficiency) -> Bandwidths:
-    """For so many stored bytes, from the times without reading."""
+    """For this number of stored bytes, from the times without reading."""
     saved = times.prefill - times.behind_tier
     per_s = nbytes / (efficiency.transfer * GIGA)
     return Bandwidths(per_s / saved if saved > 0 else inf, per_s / times.behind_tier)
@@ -269,11 +272,13 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
         raw = simulate(shape, machine, tier_gb_s=NVME.gb_s, **settings)
         steps = (raw.prefill, raw.read, raw.copy, raw.select, raw.compute, raw.fusion)
         milliseconds = [f"{1000 * step:,.0f}" for step in steps]
-        goes.append([*case, *milliseconds, f"{raw.sooner:.1f}x", raw.slowest])
+        goes.append([*case, *milliseconds, f"{raw.speedup:.1f}x", raw.slowest])
         best = []
         for tier in TIERS:
             by = {
-                codec: simulate(shape, machine, codec=codec, tier_gb_s=tier.gb_s, **settings).sooner
+                codec: simulate(
+                    shape, machine, codec=codec, tier_gb_s=tier.gb_s, **settings
+                ).speedup
                 for codec in CODECS
             }
             codec = max(by, key=by.__getitem__)
@@ -294,8 +299,8 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
         f"Left out, because it does not fit: {'; '.join(n_evicted) or 'nothing'}.",
         f"Sources: {sources}.",
         f"Simulated milliseconds, raw chunks from {NVME.name}:",
-        _table([*place, *costs, "sooner", "slowest step"], goes),
-        "Simulated: the codec that is soonest from a tier, and how much sooner than full prefill:",
+        _table([*place, *costs, "speedup", "slowest step"], goes),
+        "Simulated: the fastest codec from a tier, and its speedup over full prefill:",
         _table([*place, *(tier.name for tier in TIERS)], calls),
         "Simulated: GB/s that a tier has to have. *even*: fusion is as late as full prefill; "
         "*half*: reading is half of fusion's time:",
@@ -307,3 +312,16 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", default="4096,32768", help="tokens of retrieved text")
+    parser.add_argument("--ratio", type=float, default=0.15, help="recomputed, 0 to 1")
+    options = parser.parse_args(arguments)
+    print(tables([int(each) for each in options.contexts.split(",")], options.ratio))
+
+
+if __name__ == "__main__":
+    main()
