@@ -76,10 +76,23 @@ def main() -> None:
                             kv = library.fetch(each).kv
                             if sum(one.n_tokens for one in seen) < TOKENS:
                                 seen.append(kv)
+            # What chunks are computed behind is always raw.
+            exact = {
+                library.header(each).key
+                for each in reference.prompt.segments
+                if each.kind == "prefix"
+            }
             for name, codec in codecs.items():
 
-                def through(payload: Payload, codec: Codec = codec, name: str = name) -> ChunkKV:
+                def through(
+                    payload: Payload,
+                    codec: Codec = codec,
+                    name: str = name,
+                    exact: set[str] = exact,
+                ) -> ChunkKV:
                     kv = payload.kv()
+                    if payload.header.key in exact:
+                        return kv
                     tensors = codec.encode(kv)
                     sizes[name].append(
                         sum(t.nbytes for t in tensors.values())
