@@ -261,6 +261,12 @@ class FoldedLayer(FusedLayer, Folding):
         FusedLayer.__init__(self, keys, values, n_prompt, n_evicted)
         self.shape = self.shape._replace(folds=n_states)
 
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Nemotron H has inputs in fp32 beside weights in bf16.
+        return super().update(keys.to(self._keys.dtype), values.to(self._keys.dtype))
+
     def _alike(
         self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int
     ) -> FusedLayer:
