@@ -76,6 +76,7 @@ TESTED = frozenset(
         "mistral",
         "mistral4",
         "mixtral",
+        "mllama_text_model",
         "nanochat",
         "nemotron",
         "nemotron_h",

@@ -262,10 +262,10 @@ class FoldedLayer(FusedLayer, Folding):
         self.shape = self.shape._replace(folds=n_states)
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Nemotron H has inputs in fp32 beside weights in bf16.
-        return super().update(keys.to(self._keys.dtype), values.to(self._keys.dtype))
+        dtype = self._keys.dtype  # Nemotron H has inputs in fp32 beside weights in bf16
+        return super().update(key_states.to(dtype), value_states.to(dtype))
 
     def _alike(
         self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int
