@@ -26,7 +26,8 @@ def said(block: Mapping[str, Any]) -> str | Chunk:
     ValueError
         It is a picture, a sound or a file without text.
     """
-    kind = str(block.get("type") or "")
+    kind = block.get("type")
+    kind = kind if isinstance(kind, str) else ""
     for key in ("text", "refusal"):
         if isinstance(block.get(key), str) and "thinking" not in kind and "reasoning" not in kind:
             return block[key]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
 import torch
 
 from a3_engine.errors import UnsupportedModelError
+from a3_engine.processes import cached_property
 
 Shape = tuple[int, int, int, int]  # (layers, kv_heads, tokens, head_dim)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from a3_engine.devices import send
+from a3_engine.processes import cached_property
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from a3_engine.decoding.compression.base import Compression
+from a3_engine.decoding.sampling import strings
 from a3_engine.fusion.selectors.base import Selector
 from a3_engine.messages import Chunk
 
@@ -67,3 +68,17 @@ class RequestOptions(MethodOptions, total=False):
     logprobs: int | None
     seed: int | None
     shown: Sequence[str]
+
+
+def in_engines_words(options: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's settings of a request, as :class:`RequestOptions` has them.
+
+    ``logprobs`` says whether log probabilities are wanted, as in OpenAI's requests, and
+    ``top_logprobs`` of how many tokens.
+    """
+    wanted, n_top = options["logprobs"], options["top_logprobs"]
+    if not isinstance(wanted, bool | int | None):
+        raise TypeError(f"logprobs is True or False, not {type(wanted).__name__}.")
+    read = {name: value for name, value in options.items() if name != "top_logprobs"}
+    stop = strings("stop", options["stop"])
+    return read | {"logprobs": n_top if wanted else None, "stop": stop}

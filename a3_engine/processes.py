@@ -11,9 +11,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from types import MethodType, TracebackType
+from typing import Any, Generic, TypeVar, overload
 
-_in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
+T = TypeVar("T")
+
+_in_child: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()  # its method
 _at_exit: list[Callable[[], None]] = []
 _waited_for: weakref.WeakSet[Lock | Entered] = weakref.WeakSet()
 _held: dict[int, list[Lock | Entered]] = {}  # by the thread that forks
@@ -107,9 +110,34 @@ class Entered:
             self._changed.notify_all()
 
 
+class cached_property(Generic[T]):
+    """`functools.cached_property` as it is from Python 3.12 on.
+
+    That of 3.11 holds one lock for all objects of a class, which a child would inherit locked.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> cached_property[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> cached_property[T] | T:
+        if instance is None:
+            return self
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
+
+
 def make_anew_in_child(renew: Callable[[], None]) -> None:
     """Call an object's method in every forked child, as long as the object lives."""
-    _in_child.append(weakref.WeakMethod(renew, _in_child.remove))
+    assert isinstance(renew, MethodType)
+    _in_child[renew.__self__] = renew.__name__
 
 
 def end_at_exit(end: Callable[[], None]) -> None:
@@ -134,9 +162,8 @@ def _let_go() -> None:
 
 def _renew_all() -> None:
     _held.clear()
-    for method in _in_child:
-        if (renew := method()) is not None:
-            renew()
+    for owner, renew in list(_in_child.items()):  # objects may go meanwhile
+        getattr(owner, renew)()
 
 
 @atexit.register

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from a3_engine.conversations import Conversation
 from a3_engine.exchanges import Divided, divide, finished
 from a3_engine.messages import Chunk, Message, clean
-from a3_engine.processes import Lock
+from a3_engine.processes import Lock, cached_property
 from a3_engine.segments import Match, Prompt, Segment
 from a3_engine.tools import Tool, spelled_out
 
@@ -209,6 +209,8 @@ class PromptPlanner:
 
     def plan_raw(self, text: str) -> Prompt:
         """Segments of a finished prompt, in which control tokens count outside known chunks."""
+        if not isinstance(text, str):
+            raise TypeError(f"A finished prompt is a text, not {type(text).__name__}.")
         text = clean(text)
         if not text:
             raise ValueError("The prompt is empty.")

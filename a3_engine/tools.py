@@ -97,17 +97,18 @@ def chosen(tools: Sequence[Tool], choice: Any) -> list[Tool] | None:
     ValueError
         There is no such tool.
     """
-    if choice in (None, False, "auto", "none"):
-        return None
-    if choice in (True, "any", "required"):
-        return list(tools)
-    name = choice
-    if isinstance(choice, dict):
-        name = choice.get("function", choice).get("name")
-    found = [tool for tool in tools if tool["function"]["name"] == name]
+    match choice:
+        case None | False | "auto" | "none":
+            return None
+        case True | "any" | "required":
+            return list(tools)
+        case {"function": {"name": str(name)}} | {"name": str(name)} | str(name):
+            found = [tool for tool in tools if tool["function"]["name"] == name]
+        case _:
+            found = []
     if not found:
         names = ", ".join(tool["function"]["name"] for tool in tools)
-        raise ValueError(f"tool_choice {choice!r} names no tool; there are: {names}.")
+        raise ValueError(f"tool_choice {choice!r:.80} names no tool; there are: {names}.")
     return found
 
 
@@ -130,11 +131,28 @@ def grammar(tools: Sequence[Tool], choice: Any, form: Any) -> str | None:
     return json_grammar({"type": "object"} if form == "json" else form, tools)
 
 
+def listed(tools: object) -> list[Any]:
+    """What was given for tools; None is none."""
+    if tools is None:
+        return []
+    if isinstance(tools, str) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools is a list of tools, not {type(tools).__name__}.")
+    return list(tools)
+
+
 def in_full(tool: Tool) -> Tool:
     """A tool whose parameters refer to nothing: templates show them as they stand."""
-    function = tool["function"]
-    parameters = without_references(function.get("parameters", {}))
-    return tool | {"function": function | {"parameters": parameters}}
+    match tool:
+        case {"function": {"name": str(), "parameters": dict(parameters)} as function}:
+            pass
+        case {"function": {"name": str()} as function} if "parameters" not in function:
+            parameters = {}
+        case _:
+            raise ValueError(
+                'A tool is {"type": "function", "function": {"name": ..., "description": ..., '
+                f'"parameters": {{...}}}}}}, not {tool!r:.80}.'
+            )
+    return tool | {"function": function | {"parameters": without_references(parameters)}}
 
 
 def new_call_id() -> str:

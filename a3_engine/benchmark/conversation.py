@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from tqdm.auto import tqdm
+
 from a3_engine.engine import A3Engine
 from a3_engine.evaluation.datasets import Example
 from a3_engine.evaluation.fidelity import fidelity, reference_of
@@ -46,6 +48,14 @@ class Turn(NamedTuple):
     full_ttft_s: float | None = None
     kl: float | None = None
     kl_alone: float | None = None
+
+
+def measure_conversations(
+    engine: A3Engine, groups: Sequence[Sequence[Example]], method: Method, answer_tokens: int
+) -> Iterator[Turn]:
+    """The turns of all conversations, one conversation after the other."""
+    for examples in tqdm(groups, desc="conversations"):
+        yield from converse(engine, examples, method, answer_tokens)
 
 
 def converse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from a3_engine.benchmark.requests import PARTS
@@ -42,4 +43,20 @@ def stacked_parts(benchmark: dict[str, Any]) -> Figure:
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.supylabel("time to first token, s", size="medium")
+    return figure
+
+
+def computed_by_turn(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Tokens that are computed at each turn of a conversation, by what is kept of it."""
+    figure, (panel,) = make_panels(1)
+    lines = {"prompt_tokens": "nothing kept", "behind_prefix": "prefix cache", "computed": "A³"}
+    for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
+        panel.plot(
+            [row["turn"] for row in rows], [row[name] for row in rows], color=colour, label=label
+        )
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("turn")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.supylabel("tokens computed", size="medium")
     return figure

@@ -8,16 +8,23 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from a3_engine.benchmark import simulate
-from a3_engine.benchmark.plots import stacked_parts
+from a3_engine.benchmark.conversation import (
+    TURNS,
+    conversations,
+    measure_conversations,
+    summary,
+    table,
+)
+from a3_engine.benchmark.plots import computed_by_turn, stacked_parts
 from a3_engine.benchmark.run import run
 from a3_engine.benchmark.table import tables
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.cli.options import STAND_IN_HELP, stand_in
 from a3_engine.cli.plot import check_suffix, save
 from a3_engine.engine import A3Engine
+from a3_engine.evaluation.datasets import read_examples, sample_examples
 from a3_engine.fusion.selectors import DEFAULT
-from a3_engine.method import make_methods
+from a3_engine.method import make_method, make_methods
 from a3_engine.model.gguf import DEMO_MODEL
 from a3_engine.model.loading import default_cache_dir, load_model
 
@@ -60,10 +67,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, int4")
     run.add_argument(
-        "--simulate",
-        action="store_true",
-        help="measure nothing; print what other models and machines would take, by their data "
-        "sheets, for --contexts and the first of --ratios",
+        "--conversations",
+        type=_count,
+        help=f"measure N conversations of {TURNS} turns instead, whose documents change at "
+        "each turn, by the first of --methods but full prefill: what is computed a turn, beside a "
+        "prefix cache, and how far answers are from a full prefill's",
+    )
+    run.add_argument(
+        "--data",
+        type=Path,
+        help="of conversations: JSON lines as for a3 eval; the shipped sample if absent",
     )
     run.add_argument("--json", action="store_true", help="print one JSON object")
     run.add_argument("--plot", type=Path, help="draw the parts into a .png, .svg or .pdf file")
@@ -75,10 +88,11 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.plot:
         check_suffix(options.plot)
     ratios = [float(ratio) for ratio in options.ratios.split(",")]
-    if options.simulate:
-        print(simulate.tables(options.contexts, ratios[0]))
-        return
     methods = make_methods(options.methods.split(","), ratios)
+    if options.conversations:
+        examples = read_examples(options.data) if options.data else sample_examples()
+        groups = conversations(examples, options.conversations, TURNS)
+        method = next((each for each in methods if each.selector.uses_chunks), make_method(DEFAULT))
     load = partial(load_model, options.model, cache_dir=default_cache_dir(), dtype=options.dtype)
     with tempfile.TemporaryDirectory(prefix="a3-bench-") as store:
         engine = A3Engine(
@@ -88,6 +102,15 @@ def run_bench(options: argparse.Namespace) -> None:
             codec=options.codec,
             stand_in=options.stand_in,
         )
+        if options.conversations:
+            rows = summary(
+                list(measure_conversations(engine, groups, method, options.answer_tokens))
+            )
+            print(json.dumps(rows) if options.json else table(rows))
+            if options.plot:
+                save(computed_by_turn(rows), options.plot)
+            engine.close()
+            return
         model = engine.runtime.model
         # No such token: all answers have the same length.
         model.generation_config.eos_token_id = model.config.get_text_config().vocab_size

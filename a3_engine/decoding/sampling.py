@@ -35,7 +35,10 @@ def number(name: str, value: object, *, whole: bool = False) -> float:
     return read
 
 
-def _strings(name: str, stop: object) -> tuple[str, ...]:
+def strings(name: str, stop: object) -> tuple[str, ...]:
+    """A setting that is a list of texts, one text, or None, which is none."""
+    if stop is None:
+        return ()
     texts = (stop,) if isinstance(stop, str) else stop
     found = tuple(texts) if isinstance(texts, Iterable) else (None,)
     if not all(isinstance(text, str) for text in found):
@@ -89,7 +92,7 @@ class Sampling:
             if value is None:
                 value = field.default
             elif field.name in ("stop", "shown"):
-                value = _strings(field.name, value)
+                value = strings(field.name, value)
             elif field.name == "grammar":
                 if not isinstance(value, str):
                     raise TypeError(f"grammar is a text, not {type(value).__name__}.")

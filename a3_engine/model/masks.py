@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from a3_engine.devices import send
+from a3_engine.processes import cached_property
 
 # A block of sorted rows touches only the keys up to its last row, and a CPU keeps the scores of a
 # small one in its caches. An accelerator wants large ones.

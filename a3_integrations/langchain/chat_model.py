@@ -30,8 +30,9 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field
 
 from a3_engine import FusionReport, Prompt
+from a3_engine.decoding.sampling import strings
 from a3_engine.model.loading import default_cache_dir, known_context_window
-from a3_engine.tools import MARKS, CallReader, chosen, grammar
+from a3_engine.tools import MARKS, CallReader, chosen, grammar, listed
 from a3_integrations.langchain.messages import to_engine
 from a3_integrations.langchain.settings import A3Settings, about, langchains_errors, usage
 from a3_integrations.langchain.tools import (
@@ -81,8 +82,8 @@ class ChatA3(A3Settings, BaseChatModel):
             ls_temperature=kwargs.get("temperature", self.temperature),
             ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
         )
-        if ends := stop or self.stop:
-            params["ls_stop"] = ends
+        if ends := strings("stop", self.stop if stop is None else stop):
+            params["ls_stop"] = list(ends)
         return params
 
     def _resolve_model_profile(self) -> ModelProfile:
@@ -212,7 +213,7 @@ class ChatA3(A3Settings, BaseChatModel):
         ValueError
             ``tool_choice`` names no tool.
         """
-        schemas = [to_schema(tool) for tool in tools]
+        schemas = [to_schema(tool) for tool in listed(tools)]
         chosen(schemas, tool_choice)
         return super().bind(tools=schemas, tool_choice=tool_choice, **kwargs)
 
@@ -282,9 +283,9 @@ class ChatA3(A3Settings, BaseChatModel):
     ) -> Request:
         kwargs = dict(kwargs)
         choice, form = kwargs.pop("tool_choice", None), kwargs.pop("format", None)
-        if response_format := kwargs.pop("response_format", None):
+        if (response_format := kwargs.pop("response_format", None)) is not None:
             form = to_form(response_format)
-        tools = kwargs.pop("tools", None) or []
+        tools = listed(kwargs.pop("tools", None))
         tools = [] if choice == "none" else [to_schema(tool) for tool in tools]
         options = self._options(stop, kwargs)
         options["grammar"] = grammar(tools, choice, form)

@@ -19,7 +19,7 @@ from a3_engine.decoding.compression import make_compression
 from a3_engine.errors import ContextOverflowError
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.model.gguf import DEMO_MODEL
-from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
+from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS, in_engines_words
 from a3_engine.report import TokenLogprob
 from a3_engine.shared import is_shared, shared_engine
 from a3_engine.turns import DAY_S
@@ -262,11 +262,9 @@ class A3Settings(BaseModel):
         given = {name: value for name, value in given.items() if value is not None}
         options = with_call({name: getattr(self, name) for name in PER_CALL}, given)
         options["max_new_tokens"] = options.pop("max_tokens")
-        n_top = options.pop("top_logprobs")
-        options["logprobs"] = n_top if options["logprobs"] else None
-        ends = stop if stop is not None else options["stop"]
-        options["stop"] = (ends,) if isinstance(ends, str) else tuple(ends or ())
-        return options
+        if stop is not None:
+            options["stop"] = stop
+        return in_engines_words(options)
 
 
 def usage(report: FusionReport) -> dict[str, Any]:

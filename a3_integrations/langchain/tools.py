@@ -30,7 +30,7 @@ def to_schema(tool: dict[str, Any] | type | Callable[..., Any] | BaseTool) -> To
     return in_full(schema)
 
 
-def to_form(response_format: dict[str, Any]) -> Any:
+def to_form(response_format: object) -> Any:
     """OpenAI's ``response_format``, which agents bind, as `grammar` wants it.
 
     Raises
@@ -38,14 +38,26 @@ def to_form(response_format: dict[str, Any]) -> Any:
     ValueError
         It is of a type that is not there.
     """
-    kind = response_format.get("type")
-    if kind == "json_schema":
-        return without_references(response_format["json_schema"]["schema"])
-    if kind not in ("json_object", "text"):
-        raise ValueError(
-            f"There is no response_format of type {kind!r}: use json_schema, json_object or text."
-        )
-    return "json" if kind == "json_object" else None
+    match response_format:
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return without_references(schema)
+        case {"type": "json_object"}:
+            return "json"
+        case {"type": "text"}:
+            return None
+        case {"type": "json_schema"}:
+            raise ValueError(
+                'A response_format of type json_schema has {"json_schema": {"schema": {...}}}.'
+            )
+        case {"type": str(kind)}:
+            raise ValueError(
+                f"There is no response_format of type {kind!r}: use json_schema, json_object or "
+                "text."
+            )
+    raise TypeError(
+        "A response_format is a dict with a type of json_schema, json_object or text, not "
+        f"{response_format!r:.40}."
+    )
 
 
 def to_json_schema(schema: Any) -> dict[str, Any]:

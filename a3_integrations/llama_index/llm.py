@@ -38,9 +38,9 @@ from a3_engine.engine import PromptLike
 from a3_engine.fusion.selectors import choose_selector, with_call
 from a3_engine.messages import ToolCall
 from a3_engine.model.gguf import DEMO_MODEL
-from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS
+from a3_engine.options import CALL_FIELDS, ENGINE_FIELDS, in_engines_words
 from a3_engine.shared import shared_engine
-from a3_engine.tools import MARKS, Tool, grammar
+from a3_engine.tools import MARKS, Tool, grammar, in_full, listed
 from a3_engine.turns import DAY_S
 from a3_integrations.llama_index.responses import (
     chat_response,
@@ -270,7 +270,8 @@ class A3LLM(CallsTools):
 
     def _asked(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Question:
         kwargs = dict(kwargs)
-        tools, choice = kwargs.pop("tools", None) or [], kwargs.pop("tool_choice", None)
+        tools = [in_full(tool) for tool in listed(kwargs.pop("tools", None))]
+        choice = kwargs.pop("tool_choice", None)
         parallel = kwargs.pop("allow_parallel_tool_calls", True)
         if choice == "none":
             tools = []
@@ -303,7 +304,7 @@ class A3LLM(CallsTools):
         if not formatted and self.completion_to_prompt is not None:
             own = self.completion_to_prompt(prompt)
             # The default leaves the prompt as it is; then the model's chat template is used.
-            formatted, prompt = own != prompt, own
+            formatted, prompt = own is not prompt and own != prompt, own
         options.pop("conversation")  # a prompt to complete has no turns
         request = self._engine.runtime.planner.plan_raw(prompt) if formatted else prompt
         return Question(request, options, Answer())
@@ -316,12 +317,9 @@ class A3LLM(CallsTools):
                 f"it takes {', '.join(CALL_FIELDS)}."
             )
         given = {name: value for name, value in given.items() if value is not None}
-        options = with_call({name: getattr(self, name) for name in CALL_FIELDS}, given)
-        n_top = options.pop("top_logprobs")
-        options["logprobs"] = n_top if options["logprobs"] else None
-        stop = options["stop"] or ()
-        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        return options
+        return in_engines_words(
+            with_call({name: getattr(self, name) for name in CALL_FIELDS}, given)
+        )
 
     def _finish(self, report: FusionReport | None) -> FusionReport | None:
         self._last_report = report

@@ -8,15 +8,16 @@ import sys
 import pytest
 import torch
 
+from a3_engine.benchmark.conversation import SYSTEM, conversations, converse, summary, table
 from a3_engine.benchmark.memory import peak_growth
-from a3_engine.benchmark.plots import stacked_parts
+from a3_engine.benchmark.plots import computed_by_turn, stacked_parts
 from a3_engine.benchmark.prompts import QUESTION, build_prompt, chunk_texts, fitting
 from a3_engine.benchmark.requests import PARTS
 from a3_engine.benchmark.run import run
 from a3_engine.benchmark.table import tables
 from a3_engine.cli import main
-from a3_engine.evaluation.datasets import articles, sample_examples
-from a3_engine.method import make_methods
+from a3_engine.evaluation.datasets import Example, Passage, articles, sample_examples
+from a3_engine.method import make_method, make_methods
 from tests.engine.conftest import LONG
 from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
@@ -180,3 +181,36 @@ def test_decoding_is_measured_alone_and_at_once(found):
             assert row[f"{name}_per_s"]["min"] > 0
     assert len(found["decoding"]) == 2
     assert "2 at once" in tables(found)
+
+
+def test_a_conversations_turns_are_counted(tiny_engine):
+    """What is read of its history grows, and a prefix cache has no more than the first words."""
+    engine = tiny_engine(LONG)
+    examples = [
+        Example(
+            str(n),
+            "lamps",
+            f"Who lit the lamp of the lighthouse in the year {n}?",
+            ("the keeper",),
+            (Passage("", f"In the year {n} the keeper of the harbour lit the lamp himself."),),
+        )
+        for n in range(4)
+    ]
+    (group,) = conversations(examples, 1, 4)
+    turns = list(converse(engine, group, make_method("default"), 6, compared=(2, 4)))
+    assert [turn.number for turn in turns] == [1, 2, 3, 4]
+    read = [turn.history_tokens for turn in turns]
+    assert read[:2] == [0, 0]
+    assert 0 < read[2] < read[3]
+    start = len(engine.runtime.planner.tokenize_text(SYSTEM))
+    for turn in turns[1:]:
+        assert start < turn.prompt_tokens - turn.behind_prefix < start + 40
+        assert turn.prompt_tokens <= turn.cached_tokens + turn.computed
+        assert (turn.kl is None) == (turn.number == 3)
+    rows = summary(turns)
+    assert [row["kl"] is None for row in rows] == [True, False, True, False]
+    assert len(table(rows).splitlines()) == 2 + len(rows)
+    pytest.importorskip("matplotlib")
+    assert len(computed_by_turn(rows).axes[0].lines) == 3
+    with pytest.raises(ValueError, match="need 8 questions"):
+        conversations(examples, 2, 4)

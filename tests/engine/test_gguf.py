@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,9 +25,13 @@ MODEL = LlamaConfig(**{**SHAPE, "head_dim": 8})  # hidden size / heads, as the f
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    return small_file(tmp_path)
+
+
+def small_file(folder: Path) -> Path:
     """The tiny Llama model in fp32, as llama.cpp would write it."""
     model, tokenizer = tiny_model(MODEL), tiny_tokenizer()
-    path = tmp_path / "tiny.gguf"
+    path = folder / "tiny.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(MODEL.max_position_embeddings)
     writer.add_embedding_length(MODEL.hidden_size)
@@ -178,3 +184,18 @@ def test_weights_that_others_may_have_written_are_not_run(file, tmp_path):
     folder.symlink_to(elsewhere)
     with pytest.raises(ModelLoadError, match="link"):
         dequantized(file, tmp_path / "cache")
+
+
+def test_what_killed_programs_left_is_removed(file, tmp_path):
+    """Each is as large as the model. While others unpack, nothing is."""
+    left = tmp_path / "models" / ".unpacking-left"
+    left.mkdir(parents=True)
+    (left / "weights").write_bytes(b"half")
+    other = os.open(left.parent, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH)
+    folder = dequantized(file, tmp_path)
+    assert left.exists()
+    os.close(other)
+    shutil.rmtree(folder)
+    assert dequantized(file, tmp_path) == folder
+    assert set(folder.parent.iterdir()) == {folder}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import a3_engine
+from a3_engine.processes import Lock, cached_property, make_anew_in_child
 from tests.engine.conftest import LONG
 from tests.engine.test_requests import ASK, LAMP, SHORE
 
@@ -69,6 +72,56 @@ print([os.waitpid(child, 0)[1] for child in children], flush=True)
 os._exit(0)
 """
     assert run(script, tmp_path).strip() == "[0, 0, 0, 0]"
+
+
+def test_what_goes_while_a_child_begins_hides_no_lock():
+    """Garbage of the parent may be collected at that moment."""
+
+    class Holder:
+        def __init__(self):
+            self.held = [Lock() for _ in range(3)]
+            make_anew_in_child(self.go)
+
+        def go(self):
+            self.held = []
+
+    holder = Holder()
+    locks = [Lock() for _ in range(4)]
+    for lock in locks:
+        lock.acquire()
+    child = os.fork()
+    if child == 0:
+        os._exit(sum(not lock.acquire(blocking=False) for lock in locks))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(holder.held) == 3
+
+
+def test_a_property_that_a_thread_computes_is_free_in_a_child():
+    """Python 3.11's cached properties hold one for all objects of a class."""
+
+    class Slow:
+        @cached_property
+        def value(self) -> int:
+            inside.set()
+            may_end.wait(60)
+            return 5
+
+    inside, may_end = threading.Event(), threading.Event()
+    slow, other = Slow(), Slow()
+    thread = threading.Thread(target=lambda: slow.value)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(20, exit=True)
+        may_end.set()
+        os._exit(0 if other.value == 5 else 2)
+    may_end.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (slow.value, slow.__dict__) == (5, {"value": 5})
+    for file in Path(a3_engine.__file__).parent.rglob("*.py"):
+        assert "from functools import cached_property" not in file.read_text(), file
 
 
 def test_a_thread_of_the_program_finishes_its_answer(tmp_path):

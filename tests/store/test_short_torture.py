@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
+from tests.torture import archives, indexes, inputs, kills, remotes
 from tests.torture.crash import crash
 from tests.torture.crowd import crowd
 from tests.torture.endurance import endure
@@ -34,3 +37,29 @@ def test_threads_and_processes_share_a_folder(tmp_path):
 def test_churn_stays_bounded(tmp_path):
     figures = endure(tmp_path, 150, time.monotonic() + 15)
     assert min(figures["hits"], figures["misses"]) > 0
+
+
+def test_hostile_inputs_to_the_adapters(tiny_engine):
+    count, foreign = inputs.attack(tiny_engine(), step=29)
+    assert count > 50
+    assert foreign == []
+
+
+def test_archives_that_lie(memory_path):
+    (memory_path / "store").mkdir()
+    assert archives.attack(memory_path / "store") > 60
+
+
+@pytest.mark.usefixtures("socket_enabled")
+def test_stores_that_lie(memory_path):
+    assert remotes.attack(memory_path, step=13) > 3
+
+
+def test_damaged_indexes_stop_no_answer(memory_path):
+    count, hits = indexes.attack(memory_path, step=29)
+    assert count > 2
+    assert hits > count
+
+
+def test_killed_ingestion_loses_nothing(memory_path):
+    assert kills.kill_ingestion(memory_path, 20, time.monotonic() + 5)["kills"] > 2

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from a3_engine import A3Engine
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.torture import archives, indexes, inputs, kills, remotes
 from tests.torture.crash import crash
 from tests.torture.crowd import crowd
 from tests.torture.endurance import endure
@@ -65,3 +68,37 @@ def test_the_index_locked_for_half_a_minute(tmp_path: Path, say):
     from tests.store.test_faults import locked_index
 
     say("lock", locked_index(tmp_path, seconds=30.0, patience=20.0))
+
+
+def test_hostile_inputs(tmp_path, say):
+    """To both adapters; those to the engine are in tests/engine/test_hostile.py."""
+    engine = A3Engine.from_pretrained(
+        tiny_model("llama"), tiny_tokenizer(), cache_dir=tmp_path, stand_in=STAND_IN
+    )
+    count, foreign = inputs.attack(engine)
+    engine.close()
+    say("inputs", {"calls": count, "foreign": len(foreign)})
+    assert foreign == []
+
+
+def test_hostile_archives(tmp_path, say):
+    (tmp_path / "store").mkdir()
+    say("archives", {"archives": archives.attack(tmp_path / "store")})
+
+
+@pytest.mark.usefixtures("socket_enabled")
+def test_lying_stores(tmp_path, say):
+    say("remotes", {"stores": remotes.attack(tmp_path)})
+
+
+def test_damaged_indexes(tmp_path, say):
+    count, hits = indexes.attack(tmp_path)
+    say("indexes", {"damages": count, "hits after them": hits})
+
+
+def test_killed_ingestion_and_eviction(tmp_path, until, say):
+    say("ingestion", kills.kill_ingestion(tmp_path, 500, until))
+
+
+def test_killed_unpacking(tmp_path, until, say):
+    say("unpacking", kills.kill_unpacking(tmp_path, 100, until))

@@ -38,6 +38,7 @@ from a3_engine.chunks.tiers.filesystem import (
     TurnLock,
     file_system,
     make_private,
+    no_file,
     refuse_network_share,
     remove,
     set_aside,
@@ -338,13 +339,13 @@ class DiskStore:
 
     def _is_sound(self, path: Path) -> bool:
         """Whether there is an index of this version's form that can be read; connects to it."""
-        if not path.exists():
+        if not path.exists() or no_file(path):
             return False
         try:
             self._connect(path)
             return self._index.sound() and self._index.file_names() is not None
         except sqlite3.Error as error:
-            if not is_damage(error) and path.is_file():
+            if not is_damage(error):
                 raise
             return False
 
@@ -363,8 +364,9 @@ class DiskStore:
             why = self._damage_of_index(path)
             if why is None:
                 return  # another process has made it
-            with contextlib.suppress(sqlite3.Error):
-                tags = self._index.tags()  # those of later documents are nowhere else
+            if not no_file(path):
+                with contextlib.suppress(sqlite3.Error):
+                    tags = self._index.tags()  # those of later documents are nowhere else
             logger.warning(
                 "The index at %s is damaged (%s). It is kept as %s, and made anew from the chunks.",
                 path,
@@ -392,13 +394,15 @@ class DiskStore:
         self._index.seal()
 
     def _damage_of_index(self, path: Path) -> str | None:
+        if odd := no_file(path):
+            return f"{odd.name} is no file"
         try:
             self._connect(path)
             if problem := next(iter(self._index.problems()), None):
                 return problem
             return None if self._index.sound() else "its tables have another form"
         except sqlite3.Error as error:
-            if is_damage(error) or not path.is_file():
+            if is_damage(error):
                 return str(error)
             raise
 

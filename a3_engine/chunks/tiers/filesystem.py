@@ -103,9 +103,19 @@ def set_aside(path: Path) -> Path:
     kept = set_aside_name(path)
     remove(kept)
     path.replace(kept)
-    for end in ("-wal", "-shm"):
-        remove(path.with_name(path.name + end))
+    for log in _logs(path):
+        remove(log)
     return kept
+
+
+def no_file(index: Path) -> Path | None:
+    """The index, or a log of it, that is there and is a folder, a pipe or the like."""
+    return next((p for p in (index, *_logs(index)) if p.exists() and not p.is_file()), None)
+
+
+def _logs(index: Path) -> list[Path]:
+    """What sqlite keeps beside it."""
+    return [index.with_name(index.name + end) for end in ("-wal", "-shm")]
 
 
 def remove(path: Path) -> None:
