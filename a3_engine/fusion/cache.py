@@ -267,6 +267,12 @@ class FoldedLayer(FusedLayer, Folding):
         FusedLayer.__init__(self, keys, values, n_prompt, n_evicted)
         self.shape = self.shape._replace(folds=n_states)
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self._keys.dtype  # Nemotron H has inputs in fp32 beside weights in bf16
+        return super().update(key_states.to(dtype), value_states.to(dtype))
+
     def _alike(
         self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int
     ) -> FusedLayer:
