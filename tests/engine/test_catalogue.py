@@ -12,11 +12,8 @@ from a3_engine.chunks.known import Rolling
 from a3_engine.chunks.text_index import ANCHOR, TextIndex
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.prompt import Chunk, Message, PromptPlanner
+from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
-ASK = "Who keeps the lamp?"
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.model.attention import has_window
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt
-from tests.engine.test_exactness import build_prompt
-from tests.engine.test_selectors import turned
+from tests.engine.prompts import build_prompt
+from tests.engine.turning import turned
 from tests.tiny import CONFIGS, tiny_model
 
 SHAPE = ["prefix", "fresh", 19, "fresh", 24, "fresh"]

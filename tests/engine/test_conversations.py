@@ -18,10 +18,9 @@ from a3_engine.method import Method
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.report import FusionReport
 from a3_engine.request import assemble
+from tests.texts import LAMP, SHORE
 from tests.tiny import CHATML, CONFIGS, STRICT, tiny_model, tiny_tokenizer
 
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
 ASKED = ["Who keeps the lamp of the lighthouse, and who kept it before?", "Why so late?"]
 SAID = "The keeper of the harbour does so, every evening and every night."
 WHY = "Why does the lamp burn all night, and what is it that it burns?"

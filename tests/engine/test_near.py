@@ -7,8 +7,8 @@ from a3_engine.fusion.selectors.mend import LEAST_SHARE, Mend
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_rows
 from a3_engine.model.masks import LocalGlobal, RowMask
-from tests.engine.test_exactness import build_prompt
-from tests.engine.test_narrowing import run
+from tests.engine.passes import run
+from tests.engine.prompts import build_prompt
 from tests.tiny import CONFIGS
 
 SHAPE = ["prefix", "fresh", 150, "fresh", 140, "fresh"]

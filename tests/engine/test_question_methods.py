@@ -22,7 +22,7 @@ from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.model.rotary import Rotation
-from tests.engine.test_exactness import build_prompt, independent_full_reuse
+from tests.engine.prompts import build_prompt, independent_full_reuse
 from tests.tiny import CONFIGS, tiny_model
 
 SHAPE = ["prefix", "fresh", 9, "fresh", 14, "fresh"]

@@ -13,11 +13,8 @@ import torch
 
 import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, Chunk, Message, Precomputed
+from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import CHATML, STRICT, tiny_model, tiny_tokenizer
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
-ASK = "Who keeps the lamp?"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.stand_in import PASSAGES
 from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Segment
-from tests.engine.test_exactness import (
+from tests.engine.prompts import (
     SHAPES,
     build_prompt,
     full_prefill,

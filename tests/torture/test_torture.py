@@ -65,7 +65,7 @@ def test_the_hour(tmp_path, say):
 
 def test_the_index_locked_for_half_a_minute(tmp_path: Path, say):
     """Reads go on meanwhile; a write fails after its wait, and works when the lock is gone."""
-    from tests.store.test_faults import locked_index
+    from tests.store.troubles import locked_index
 
     say("lock", locked_index(tmp_path, seconds=30.0, patience=20.0))
 
