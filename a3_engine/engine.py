@@ -83,10 +83,10 @@ class A3Engine:
     keep : float or None
         Share of the prompt's tokens that compression keeps; its own default where None.
     encode_prefix : str
-        What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
+        What chunks are computed after: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
     stand_in : str or sequence of str
-        What they are computed behind as well, in place of a prompt's other documents:
+        What they are computed after as well, in place of a prompt's other documents:
         ``"shipped"``, ``"none"`` or passages of your own; ``"auto"`` is what `a3 tune` saved for
         this model, or else ``"shipped"``. See :mod:`a3_engine.chunks.stand_in`.
     size_limit : int or None
@@ -97,7 +97,7 @@ class A3Engine:
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
     turns_kept_s : float
-        Seconds behind its last use that a finished turn of a conversation is kept in the local
+        Seconds after its last use that a finished turn of a conversation is kept in the local
         folder; 0 keeps none.
     """
 
@@ -459,10 +459,10 @@ class A3Engine:
         Parameters
         ----------
         room : int
-            Slots for tokens behind the prompt; the cache grows beyond them where needed.
+            Slots for tokens after the prompt; the cache grows beyond them where needed.
         **method
             ``quality``, ``selector``, ``ratio``, ``compression``, ``keep``. A compression is
-            applied by ``cache.compressor.compress(model, cache, first token)`` behind the forward
+            applied by ``cache.compressor.compress(model, cache, first token)`` after the forward
             pass.
 
         Raises

@@ -108,8 +108,8 @@ class PromptPlanner(PromptTokenizer):
                 lent = self._lent(piece, pieces[place + 1 :])
                 ids = self.tokenize_template(piece.removesuffix(lent), begins=not place)
                 self._append_fresh(segments, ids)
-                behind = next((p.place for p in pieces[place:] if not isinstance(p, str)), None)
-                index = len(messages) if behind is None else behind
+                following = next((p.place for p in pieces[place:] if not isinstance(p, str)), None)
+                index = len(messages) if following is None else following
                 places += [index] * (len(segments) - len(places))
                 continue
             index, parts, as_json = piece
@@ -151,7 +151,7 @@ class PromptPlanner(PromptTokenizer):
         whose, turns = prompt.conversation, list(prompt.turns)
         if whose is not None and prompt.unanswered is not None:
             ids = self.tokenize_text(answer.strip() if self._template.trims else answer)
-            turns.append(finished(prompt.unanswered, ids, whose.behind(answer)))
+            turns.append(finished(prompt.unanswered, ids, whose.after(answer)))
         return turns
 
     def plan_raw(self, text: str) -> Prompt:

@@ -205,7 +205,7 @@ def start(
         local_queries=LocalQueries(model, gate.rotation) if gate.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids + planner.stand_in_ids),
         decoder=decoder,
-        watch=Watch(model),  # which holds weights, so that it comes behind packing
+        watch=Watch(model),  # which holds weights, so that it comes after packing
         prefix_cache=_prefix_cache(model, gate),
         profile=profile,
         turns=turns,

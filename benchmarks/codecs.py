@@ -76,7 +76,7 @@ def main() -> None:
                             kv = library.fetch(each).kv
                             if sum(one.n_tokens for one in seen) < TOKENS:
                                 seen.append(kv)
-            # What chunks are computed behind is always raw.
+            # What chunks are computed after is always raw.
             exact = {
                 library.header(each).key
                 for each in reference.prompt.segments

@@ -62,7 +62,7 @@ class Encoder(Protocol):
 
 
 class ChunkLibrary:
-    """Chunks computed by one model behind one encode prefix and one stand-in.
+    """Chunks computed by one model after one encode prefix and one stand-in.
 
     Parameters
     ----------
@@ -70,11 +70,11 @@ class ChunkLibrary:
     engine : str
         Fingerprint of model, tokenizer, dtype, codec and rotary parameters.
     codec : Codec
-        How chunks are stored. What they are computed behind is always raw.
+        How chunks are stored. What they are computed after is always raw.
     beside : tuple of str
         Keys of what the store must not drop before the chunks: the codec's basis.
     prefix_ids, stand_in_ids : tuple of int
-        What chunks are computed behind; may be empty.
+        What chunks are computed after; may be empty.
     room : int
         Tokens that the model's positions are good for.
     """
@@ -176,12 +176,12 @@ class ChunkLibrary:
             return Fetched(resident, True, self.nbytes(segment), 0.0)
         if (stored := self._home(segment).get(header)) is not None:
             return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
-        behind = self._context_kv(segment)
+        context = self._context_kv(segment)
         with self._flights.of(header.key):
             if (stored := self._home(segment).get(header)) is not None:
                 return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
             self.touch(beside)
-            [payload], started = self._compute([segment], behind)
+            [payload], started = self._compute([segment], context)
             try:
                 self._home(segment).put(payload, segment.tag)
             except StoreError as error:
@@ -247,10 +247,10 @@ class ChunkLibrary:
 
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
-        behind = self._context_kv(batch[0])
+        context = self._context_kv(batch[0])
         with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
-            payloads = self._compute(missing, behind)[0] if missing else []
+            payloads = self._compute(missing, context)[0] if missing else []
             flight = held.pop_all()
 
         def land() -> int:
@@ -266,13 +266,13 @@ class ChunkLibrary:
         """Ids that a segment is computed after; no stand-in where both would not fit."""
         if segment.kind == "prefix":
             return ()
-        if segment.behind is not None:
-            return segment.behind
+        if segment.context is not None:
+            return segment.context
         fits = len(self._all_ids) + len(segment.ids) <= self._room
         return self._all_ids if fits and segment.kind == "chunk" else self.prefix_ids
 
     def head(self, chunk: Segment) -> Segment | None:
-        """A chunk's first tokens, computed behind the prefix alone; None where it is itself so.
+        """A chunk's first tokens, computed after the prefix alone; None where it is itself so.
 
         A chunk that opens a prompt has no other document before it, and its first tokens feel
         that most: with its head these are exact.
@@ -282,7 +282,7 @@ class ChunkLibrary:
         return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag, owner=chunk.owner)
 
     def _context_kv(self, segment: Segment) -> ChunkKV | None:
-        """KV of what a segment is computed behind; stored as all else, so computed once."""
+        """KV of what a segment is computed after; stored as all else, so computed once."""
         if not (ids := self.context_ids(segment)):
             self.touch([])
             return None
@@ -292,10 +292,10 @@ class ChunkLibrary:
         return kv
 
     def _compute(
-        self, segments: Sequence[Segment], behind: ChunkKV | None
+        self, segments: Sequence[Segment], context: ChunkKV | None
     ) -> tuple[list[Payload], float]:
         """The segments' payloads, and when their computation began."""
-        computed, started = self.encoder.encode([segment.ids for segment in segments], behind)
+        computed, started = self.encoder.encode([segment.ids for segment in segments], context)
         return [
             Payload.of(kv, header := self.header(segment), _about(segment), self._codec_of(header))
             for kv, segment in zip(computed, segments, strict=True)
@@ -315,9 +315,9 @@ class ChunkLibrary:
 
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
-        behind = self.context_ids(segment)
+        context = self.context_ids(segment)
         engine = digest(self._engine, segment.owner) if segment.owner else self._engine
-        key = chunk_key(engine, behind, segment.ids)
+        key = chunk_key(engine, context, segment.ids)
         codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec.name
         shape, values = self._shape.of_chunk(len(segment.ids))
         return Header(
@@ -326,7 +326,7 @@ class ChunkLibrary:
             shape,
             self._dtype,
             codec,
-            stand_in=self.stand_in if behind != self.prefix_ids and behind else "",
+            stand_in=self.stand_in if context != self.prefix_ids and context else "",
             value_dim=0 if values == shape else values[3],
         )
 

@@ -72,11 +72,11 @@ class A3Settings(BaseModel):
     trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
     encode_prefix: str = Field(
         default="template",
-        description="What chunks are computed behind: template, bos, none, or a text.",
+        description="What chunks are computed after: template, bos, none, or a text.",
     )
     stand_in: str | tuple[str, ...] = Field(
         default=AUTO,
-        description="What they are computed behind as well: auto, shipped, none, or passages of "
+        description="What they are computed after as well: auto, shipped, none, or passages of "
         "yours.",
     )
     size_limit: int | None = Field(

@@ -107,11 +107,11 @@ class A3LLM(CallsTools):
     keep: float | None = Field(default=None, gt=0, le=1, description="Share that it leaves.")
     encode_prefix: str = Field(
         default="template",
-        description="What chunks are computed behind: template, bos, none, or a text.",
+        description="What chunks are computed after: template, bos, none, or a text.",
     )
     stand_in: str | tuple[str, ...] = Field(
         default=AUTO,
-        description="What they are computed behind as well: auto, shipped, none, or passages of "
+        description="What they are computed after as well: auto, shipped, none, or passages of "
         "yours.",
     )
     size_limit: int | None = Field(

@@ -65,7 +65,7 @@ def empty_cache(model) -> Cache:
 
 
 class Folded:
-    """What a hybrid's linear layers were given of each token, and their states behind it all."""
+    """What a hybrid's linear layers were given of each token, and their states after it all."""
 
     def __init__(self, model) -> None:
         layers = model.get_decoder().layers
@@ -102,7 +102,7 @@ class Folded:
             self.inputs[index].append(inputs[:, tokens])
 
     def fold(self, cache: Cache) -> None:
-        """Give a cache the states behind all inputs that were kept."""
+        """Give a cache the states after all inputs that were kept."""
         for index, mixer in self.mixers.items():
             states = LinearAttentionLayer(cache.layers[index].number_of_states)
             cache.layers[index] = states
@@ -114,9 +114,9 @@ class Folded:
 def independent_full_reuse(engine: A3Engine, model, prompt: Prompt, stand_in=(), **options):
     """The model's output for the last segment, over transformers' own cache of the ones before.
 
-    Segment by segment: a chunk runs behind prefix and stand-in, all at positions that put the chunk
-    where it stands in the prompt; the first tokens of one that stands just behind the prefix run
-    behind that alone; fresh text, and the prompt's last token, runs after all that.
+    Segment by segment: a chunk runs after prefix and stand-in, all at positions that put the chunk
+    where it stands in the prompt; the first tokens of one that stands just after the prefix run
+    after that alone; fresh text, and the prompt's last token, runs after all that.
     """
     prefix = list(engine.runtime.planner.prefix_ids)
     past, position, folded = empty_cache(model), 0, Folded(model)

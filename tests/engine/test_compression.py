@@ -35,7 +35,7 @@ def passed(engine: A3Engine, prompt: Prompt, **method) -> tuple[FusedCache, int]
 
 
 def kept(engine: A3Engine, prompt: Prompt, compression) -> list[list[set[int]]]:
-    """By layer and head, the positions that stay behind a full prefill: keys tell them apart."""
+    """By layer and head, the positions that stay after a full prefill: keys tell them apart."""
     cache, token = passed(engine, prompt, selector="full_prefill", compression=compression)
     before = [keys[0].clone() for keys, _ in cache.stored()]
     cache.compressor.compress(engine.runtime.model, cache, token)

@@ -102,7 +102,7 @@ def test_at_ratio_one_turns_change_nothing(tiny_engine, architecture):
 
 
 def test_what_opens_a_prompt_is_exact_there(tiny_engine):
-    """The system prompt is computed behind the template's own words, which never change."""
+    """The system prompt is computed after the template's own words, which never change."""
     engine = tiny_engine()
     messages = [Message("system", f"{SAID} {WHY}"), *talk(ASKED[0], SAID, WHY)[1:]]
     told(engine, messages)

@@ -22,15 +22,15 @@ from a3_engine.fusion.encoding import (
 from tests.tiny import CONFIGS, VOCABULARY
 
 
-@pytest.mark.parametrize("behind", [True, False], ids=["behind a prefix", "alone"])
+@pytest.mark.parametrize("after", [True, False], ids=["after a prefix", "alone"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, behind):
+def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, after):
     engine = tiny_engine(name)
     rng = random.Random(3)
     rotation, decoder = engine.runtime.gate.rotation, engine.runtime.model.get_decoder()
     chunks = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (17, 20, 18, 1)]
     prefix = (
-        encode_chunks(decoder, rotation, [engine.runtime.planner.prefix_ids])[0] if behind else None
+        encode_chunks(decoder, rotation, [engine.runtime.planner.prefix_ids])[0] if after else None
     )
     together = encode_chunks(decoder, rotation, chunks, prefix)
     for ids, one in zip(chunks, together, strict=True):

@@ -88,7 +88,7 @@ def test_a_report_can_be_read(tiny_engine):
 
 
 def test_a_chunk_that_several_threads_miss_is_computed_once(tiny_engine, encoded):
-    """So is the prefix that they all stand behind."""
+    """So is the prefix that they all stand after."""
     engine = tiny_engine()
     engine.runtime  # noqa: B018  loaded
     start = threading.Barrier(4)

@@ -42,7 +42,7 @@ def full_prefill(engine: A3Engine, prompt: Prompt):
 
 
 def naive_a3_scores(model, ids: list[int], p: int, q: int) -> list[float]:
-    """Steps 1 to 7 of the method's description: pooled scores of the tokens behind the prefix."""
+    """Steps 1 to 7 of the method's description: pooled scores of the tokens after the prefix."""
     config, layer = model.config, model.model.layers[1]
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     theta, n = config.rope_parameters["rope_theta"], len(ids)
