@@ -20,7 +20,7 @@ from a3_engine.model.rotary import Rotation, rotate_
 
 # Rows of a pass: short chunks are computed together, since few rows do not keep a device busy.
 CPU_BATCH_ROWS, BATCH_ROWS = 1024, 4096
-# Passes are of lengths in steps: libraries keep a kernel and scratch for every shape that they meet.
+# Lengths go in steps: libraries keep a kernel and scratch for every shape that they meet.
 STEP = 16
 LEAST_FILLED = 0.8  # of a batch's longest chunk
 

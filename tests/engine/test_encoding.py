@@ -61,9 +61,7 @@ def test_any_lengths_make_few_shapes(tiny_engine):
     engine = tiny_engine()
     rotation, decoder = engine.runtime.gate.rotation, engine.runtime.model.get_decoder()
     widths = set()
-    hook = decoder.layers[0].register_forward_pre_hook(
-        lambda _, args: widths.add(args[0].shape[1])
-    )
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _, args: widths.add(args[0].shape[1]))
     for length in range(1, 97):
         (kv,) = encode_chunks(decoder, rotation, [[5] * length])
         assert kv.n_tokens == length
