@@ -80,11 +80,10 @@ def assemble(
                 "A compression keeps other tokens for each head, and the model keeps one latent "
                 "for all heads. Choose none for this model."
             )
-        for start, kv in tuple(over):
-            if (moved := selector.moved_by_head(kv_at[start], kv, cache)) is not None:
-                over.append((start + kv.n_tokens, moved))
         brought = load_chunks(cache, rotation, list(kv_at.items()), over)
         cache.on_device = list(zip(laid, brought, strict=False))
+        for start, kv in over:
+            selector.follow_head(start, kv_at[start], kv, cache, rotation)
         if prefix is not None:
             prefix.copy_to(cache, reused)
         report.load_s = time.perf_counter() - started - report.encode_s

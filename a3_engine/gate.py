@@ -76,6 +76,7 @@ TESTED = frozenset(
         "mistral",
         "mistral4",
         "mixtral",
+        "mllama_text_model",
         "nanochat",
         "nemotron",
         "nemotron_h",
@@ -275,7 +276,7 @@ def _check_pass(probe: Probe, rotation: Rotation, selector: Selector, n_tokens: 
     layout = Layout(n_tokens, (chunk,), chunk.start, fresh, question=rows)
     cache = allocate(probe.model, n_tokens, n_tokens + ROOM)
     for ours, (keys, values) in zip(cache.layers, probe.reference.states, strict=True):
-        ours.write(within, keys[:, :, within], values[:, :, within])
+        ours.write(within, *(each[:, :, within].to(ours.dtype) for each in (keys, values)))
     ids = probe.ids[:, :n_tokens]
     selector.prepare(Run(probe.model, rotation, cache, layout, ids[0].tolist()))
     logits = probe.model(**arguments(probe.model, ids, cache), logits_to_keep=len(rows)).logits

@@ -8,7 +8,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from a3_engine.benchmark import simulate
 from a3_engine.benchmark.conversation import (
     TURNS,
     conversations,
@@ -70,7 +69,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument(
         "--conversations",
         type=_count,
-        help=f"measure so many conversations of {TURNS} turns instead, whose documents change at "
+        help=f"measure N conversations of {TURNS} turns instead, whose documents change at "
         "each turn, by the first of --methods but full prefill: what is computed a turn, beside a "
         "prefix cache, and how far answers are from a full prefill's",
     )
@@ -78,12 +77,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--data",
         type=Path,
         help="of conversations: JSON lines as for a3 eval; the shipped sample if absent",
-    )
-    run.add_argument(
-        "--simulate",
-        action="store_true",
-        help="measure nothing; print what other models and machines would take, by their data "
-        "sheets, for --contexts and the first of --ratios",
     )
     run.add_argument("--json", action="store_true", help="print one JSON object")
     run.add_argument("--plot", type=Path, help="draw the parts into a .png, .svg or .pdf file")
@@ -95,9 +88,6 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.plot:
         check_suffix(options.plot)
     ratios = [float(ratio) for ratio in options.ratios.split(",")]
-    if options.simulate:
-        print(simulate.tables(options.contexts, ratios[0]))
-        return
     methods = make_methods(options.methods.split(","), ratios)
     if options.conversations:
         examples = read_examples(options.data) if options.data else sample_examples()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from a3_engine.engine import A3Engine
@@ -16,6 +15,7 @@ from a3_engine.evaluation.prompts import example_prompt
 from a3_engine.fusion.cache import FusedCache
 from a3_engine.method import Method
 from a3_engine.model.hooks import arguments
+from a3_engine.model.kv_shape import ordinary_cache
 from a3_engine.segments import Prompt
 
 ANSWER_TOKENS = 12
@@ -66,7 +66,7 @@ def full_prefill(engine: A3Engine, example: Example) -> Reference:
 def reference_of(engine: A3Engine, prompt: Prompt, accepted: str) -> Reference:
     """The reference of a prompt, with its accepted answer."""
     gold = list(engine.runtime.planner.tokenize_text(accepted))
-    cache = DynamicCache()  # one with a config cannot be cut back where a window slides
+    cache = ordinary_cache(engine.runtime.model.get_decoder())
     started = time.perf_counter()
     logits = _forward(engine, prompt.ids, cache)[-1:]
     seconds = time.perf_counter() - started

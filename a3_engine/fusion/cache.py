@@ -93,6 +93,8 @@ class FusedLayer(DynamicLayer):
     ----------
     on_arrival : callable or None
         Lays into the buffers what is still on its way to them; called before anybody looks.
+    after_arrival : callable or None
+        Called once with the layer, as soon as all is there and before anybody looks.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class FusedLayer(DynamicLayer):
         self.length = 0
         self.rows: torch.Tensor | None = None
         self.on_arrival: Callable[[], None] | None = None
+        self.after_arrival: Callable[[FusedLayer], None] | None = None
         self.before_write: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -134,6 +137,9 @@ class FusedLayer(DynamicLayer):
         if self.on_arrival is not None:
             bring, self.on_arrival = self.on_arrival, None
             bring()
+        if self.after_arrival is not None:
+            then, self.after_arrival = self.after_arrival, None
+            then(self)
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's keys and values as views, each of the buffers' shape up to ``n_prompt``."""
@@ -260,6 +266,12 @@ class FoldedLayer(FusedLayer, Folding):
         LinearAttentionLayer.__init__(self, n_states)
         FusedLayer.__init__(self, keys, values, n_prompt, n_evicted)
         self.shape = self.shape._replace(folds=n_states)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self._keys.dtype  # Nemotron H has inputs in fp32 beside weights in bf16
+        return super().update(key_states.to(dtype), value_states.to(dtype))
 
     def _alike(
         self, keys: torch.Tensor, values: torch.Tensor, n_prompt: int, n_evicted: int

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -23,6 +24,8 @@ from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout
 from a3_engine.model.rotary import Rotation, rotate_
 from a3_engine.native import kernels_on, loops
+
+Both = tuple[torch.Tensor, torch.Tensor]  # keys and values, or cosines and sines
 
 
 @dataclass(frozen=True)
@@ -47,38 +50,46 @@ class KVCorrection:
     probes: int = 64
     head_strength: float = 0.0
 
-    def follow_head(self, chunk: ChunkKV, head: ChunkKV, cache: FusedCache) -> ChunkKV:
-        """The tokens of a prompt's first chunk after its head, moved as the head's tokens are.
+    def follow_head(
+        self, start: int, chunk: ChunkKV, head: ChunkKV, cache: FusedCache, rotation: Rotation
+    ) -> None:
+        """Move the tokens of a prompt's first chunk after its head as the head's tokens are.
 
         The chunk was computed after a stand-in, which stands nowhere in the prompt. What that does
-        to the head's tokens is known, since they are stored with it and without.
+        to the head's tokens is known, since they are stored with it and without. Each layer is
+        moved in its place in the cache when it has arrived there.
 
         Parameters
         ----------
+        start : int
+            Position of the chunk's first token.
         chunk : ChunkKV
             Computed after the stand-in.
         head : ChunkKV
             The chunk's first tokens, computed without it.
         cache : FusedCache
-            Where both will stand.
+            With both loaded, the head over the chunk.
         """
-        device, n_head = cache.devices[0], head.n_tokens
-        layers = []
-        for chunk_layer, head_layer in zip(
-            cache.shape.split(chunk), cache.shape.split(head), strict=True
-        ):
-            states = [each.to(device, non_blocking=True) for each in chunk_layer]
-            exact = [each.to(device, non_blocking=True) for each in head_layer]
-            known = [each[:, :n_head] for each in states]
-            everyone = torch.nn.functional.normalize(_flat(states[1]).float())
-            alike = everyone[n_head:] @ everyone[:n_head].mT
-            weights = torch.softmax(alike / self.temperature, dim=-1).mul_(self.head_strength)
-            keys, values = (
-                each[:, n_head:] + weights.to(each.dtype) @ (new - old)
-                for each, new, old in zip(states, exact, known, strict=True)
-            )
-            layers.append((keys, values))
-        return cache.shape.chunk(layers, device)
+        rest = slice(start + head.n_tokens, start + chunk.n_tokens)
+        if rest.start == rest.stop:
+            return
+        shape, tables = cache.shape, rotation.tables_up_to(rest.stop, cache.devices)
+        layers = zip(cache.layers, shape.split(chunk), shape.split(head), tables, strict=True)
+        for layer, of_chunk, of_head, table in layers:
+            layer.after_arrival = partial(self._move_rest, rest, of_chunk, of_head, table)
+
+    @torch.inference_mode()
+    def _move_rest(
+        self, rest: slice, of_chunk: Both, of_head: Both, table: Both, layer: FusedLayer
+    ) -> None:
+        device, n_head = layer.device, of_head[0].shape[1]
+        known_keys, known = (send(states[:, :n_head], device) for states in of_chunk)
+        exact_keys, exact = (send(states, device) for states in of_head)
+        keys, values = (states[0, :, rest] for states in layer.stored())
+        share = torch.full((keys.shape[1],), self.head_strength, device=device)
+        moves = exact_keys - known_keys, exact - known
+        cos, sin = table
+        _follow(keys, values, share, known, moves, (cos[rest], sin[rest]), self.temperature)
 
 
 class Corrector:
@@ -134,7 +145,7 @@ class Corrector:
             self._rows = rows
             self._which, self._count = self._probes(rows)
         keys, values = (state[0] for state in layer.stored())
-        device, dtype = keys.device, keys.dtype
+        device = keys.device
         which, count = send(self._which, device), send(self._count, device)
         rows = send(rows, device)
         # It moves on with the layers' device.
@@ -164,34 +175,16 @@ class Corrector:
         value_moves = fresh_value[0].index_select(1, which) - old_values
         key_moves = (fresh_key[0].index_select(1, which) - keys.index_select(1, at)).float()
         rotate_(key_moves, cos[at], sin[at], inverse=True)
-        lengths = torch.linalg.vector_norm(old_values, dim=(0, 2), keepdim=True)
-        probes = old_values / lengths.clamp(min=1e-12)
-
         # Rows are overwritten afterwards, so all tokens between the chunks' ends are moved at once.
-        keys, values = keys[:, self._span], values[:, self._span]
-        table = cos[self._span], sin[self._span]
-        if loops.shifts(keys, values, probes, table[0]):
-            loops.shift(
-                keys,
-                values,
-                share,
-                probes,
-                (key_moves, value_moves),
-                table,
-                self._settings.temperature,
-            )
-            return
-        everyone = _flat(values)
-        lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True).clamp(min=1e-12)
-        alike = (everyone @ _flat(probes).T).div_(lengths * self._settings.temperature)
-        weights = torch.softmax(alike, dim=-1, out=alike).mul_(share[:, None])
-        for of_head, moves in zip(values, value_moves, strict=True):
-            of_head.addmm_(weights, moves)
-        flat_shift = weights @ _flat(key_moves).to(dtype)
-        shift = flat_shift.view(len(everyone), len(keys), -1).transpose(0, 1)
-        # The shift is an estimate: the model's own precision is enough to turn it.
-        rotate_(shift, *table, compute=dtype)
-        keys += shift
+        _follow(
+            keys[:, self._span],
+            values[:, self._span],
+            share,
+            old_values,
+            (key_moves, value_moves),
+            (cos[self._span], sin[self._span]),
+            self._settings.temperature,
+        )
 
     def _probes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the rows show the way, evenly taken from the chunks' own, and how many do.
@@ -206,6 +199,39 @@ class Corrector:
         nth = torch.where(n_movable > limit, spread, nth)
         which = torch.searchsorted(passed, nth + 1).clamp(max=len(rows) - 1)
         return which, n_movable.clamp(max=limit)
+
+
+def _follow(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    share: torch.Tensor,
+    known: torch.Tensor,
+    moves: tuple[torch.Tensor, torch.Tensor],
+    table: tuple[torch.Tensor, torch.Tensor],
+    temperature: float,
+) -> None:
+    """Move keys and values, in place, by the mean move of the probes that are like them.
+
+    As :func:`a3_engine.native.loops.shift`; ``known`` are the probes' values before their move,
+    and the keys' moves are without position.
+    """
+    lengths = torch.linalg.vector_norm(known, dim=(0, 2), keepdim=True)
+    probes = known / lengths.clamp(min=1e-12)
+    if loops.shifts(keys, values, probes, table[0]):
+        loops.shift(keys, values, share, probes, moves, table, temperature)
+        return
+    key_moves, value_moves = moves
+    everyone = _flat(values)
+    lengths = torch.linalg.vector_norm(everyone, dim=1, keepdim=True).clamp(min=1e-12)
+    alike = (everyone @ _flat(probes).T).div_(lengths * temperature)
+    weights = torch.softmax(alike, dim=-1, out=alike).mul_(share[:, None])
+    for of_head, of_probes in zip(values, value_moves, strict=True):
+        of_head.addmm_(weights, of_probes)
+    flat_shift = weights @ _flat(key_moves).to(keys.dtype)
+    shift = flat_shift.view(len(everyone), len(keys), -1).transpose(0, 1)
+    # The shift is an estimate: the model's own precision is enough to turn it.
+    rotate_(shift, *table, compute=keys.dtype)
+    keys += shift
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ class BatchLayer:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
+        self.keys = layers[0].keys  # Llama 3.2 with pictures asks whether there are any
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
@@ -74,9 +75,12 @@ class BatchStates(LinearAttentionLayer):
 
 
 def _together(layers: Sequence[Any]) -> Any:
-    if not isinstance(layers[0], Folding):
+    first = layers[0]
+    if first.keys is not None and not first.keys.numel():
+        return first  # it keeps nothing, as a layer that attends to pictures where there are none
+    if not isinstance(first, Folding):
         return BatchLayer(layers)
-    return layers[0] if len(layers) == 1 else BatchStates(layers)
+    return first if len(layers) == 1 else BatchStates(layers)
 
 
 class BatchCache(SteeringCache):

@@ -52,7 +52,7 @@ class Folding(LinearAttentionLayer):
         if inputs.shape[1] == n_kept:
             return inputs
         self._wanted = torch.arange(before, n_kept) if rows is None else rows
-        return self.shape.joined(keys, values, inputs.shape[2])
+        return self.shape.joined(keys, values, inputs.shape[2]).to(inputs.dtype)
 
     def give(self, outputs: torch.Tensor) -> torch.Tensor:
         """The mixer's outputs at the tokens that were taken."""

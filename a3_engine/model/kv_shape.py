@@ -44,7 +44,7 @@ def ordinary_cache(decoder: PreTrainedModel) -> Cache:
     One of transformers' own with a config drops what lies outside a sliding window.
     """
     shapes = kv_shape(decoder).layers
-    if not any(shape.folds for shape in shapes):
+    if all(shape.attends for shape in shapes):
         return DynamicCache()
     return Cache(
         layers=[OrdinaryFolding(each) if each.folds else DynamicLayer() for each in shapes]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -178,18 +179,23 @@ def distance(ours: torch.Tensor, reference: torch.Tensor, rows: torch.Tensor) ->
 def _rounding(decoder: PreTrainedModel, windows: list[int | None]) -> Iterator[None]:
     """Meanwhile all that enters a layer is rounded anew, at random; notes the layers' windows."""
     shapes = zip_longest(decoder.layers, kv_shape(decoder).layers)
-    attends = {layer: shape is None or shape.attends for layer, shape in shapes}
+    attends = [shape is None or shape.attends for _, shape in shapes]
+    windows[:] = [None] * len(attends)
     generator = torch.Generator().manual_seed(0)
 
-    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        windows.append(capture(layer, args, kwargs).window if attends[layer] else None)
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
+        if attends[index]:
+            windows[index] = capture(layer, args, kwargs).window
         states = args[0] if args else kwargs["hidden_states"]
         noise = torch.randn(states.shape, generator=generator).to(states.device)
         moved = states.float() * (1 + torch.finfo(states.dtype).eps / 2 * noise)
         moved = moved.to(states.dtype)
         return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in attends]
+    handles = [
+        layer.register_forward_pre_hook(partial(before, index=index), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
+    ]
     try:
         yield
     finally:

@@ -31,8 +31,10 @@ EXAMPLES = [
 METHODS = [make_method("full_reuse"), make_method("mend", 0.3)]
 
 
-# Of some, the layers see less than the prompt.
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gemma3", "qwen2-sliding"])
+# Of some, the layers see less than the prompt; of others, they fold it into a state.
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral", "gemma2", "gemma3", "qwen2-sliding", "lfm2"]
+)
 def test_at_ratio_one_nothing_differs(tiny_engine, architecture):
     engine = tiny_engine(architecture)
     result = fidelity(engine, full_prefill(engine, EXAMPLES[0]), make_method("mend", 1.0))

@@ -32,7 +32,7 @@ FAMILIES = [
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "minimax_m2"),
     *("dots1", "phimoe", "gpt_oss", "granitemoe_swa", "glm", "glm4", "cohere", "ernie4_5"),
     *("ernie4_5_moe", "helium", "nanochat", "exaone4", "exaone_moe", "afmoe"),
-    *("qwen2_5_vl", "gemma3", "mistral3, ministral3"),
+    *("qwen2_5_vl", "gemma3", "mistral3, ministral3", "mllama"),
     *("qwen3_5", "qwen3_5_moe_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "lfm3"),
     "kimi_linear",
     *LATENT,

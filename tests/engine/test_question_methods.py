@@ -13,6 +13,7 @@ from a3_engine import A3Engine
 from a3_engine.fusion.cache import FusedCache, FusedLayer
 from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.fusion.fusion_pass import States
+from a3_engine.fusion.loading import load_chunks
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.fusion.selectors.cacheblend import CacheBlend
 from a3_engine.fusion.selectors.epic import Epic
@@ -178,28 +179,29 @@ def test_the_rest_of_a_first_chunk_follows_its_head():
     layers, heads, tokens, size, n_head, temperature = 2, 2, 9, 4, 3, 0.3
     chunk = ChunkKV(*torch.randn(2, layers, heads, tokens, size))
     head = ChunkKV(*torch.randn(2, layers, heads, n_head, size))
-    room = torch.zeros(1, heads, tokens, size)
-    cache = FusedCache([FusedLayer(room, room, tokens) for _ in range(layers)])
+    cache = FusedCache(
+        [FusedLayer(*torch.zeros(2, 1, heads, tokens, size), tokens) for _ in range(layers)]
+    )
+    rotation = Rotation(torch.zeros(layers, size // 2))  # turns nothing
+    load_chunks(cache, rotation, [(0, chunk)], [(0, head)])
     correction = KVCorrection(temperature=temperature, head_strength=0.7)
-    got = correction.follow_head(chunk, head, cache)
-    for layer in range(layers):
+    correction.follow_head(0, chunk, head, cache, rotation)
+    for layer, got in enumerate(cache.stored()):
         values = chunk.values[layer].transpose(0, 1).flatten(1)
-        for token in range(n_head, tokens):
-            alike = [
-                float(torch.cosine_similarity(values[token], one, 0)) for one in values[:n_head]
-            ]
-            total = sum(math.exp(one / temperature) for one in alike)
-            for ours, stored, exact in zip(
-                (got.keys, got.values),
-                (chunk.keys, chunk.values),
-                (head.keys, head.values),
-                strict=True,
-            ):
+        for ours, stored, exact in zip(
+            got, (chunk.keys, chunk.values), (head.keys, head.values), strict=True
+        ):
+            assert torch.equal(ours[0, :, :n_head], exact[layer])
+            for token in range(n_head, tokens):
+                alike = [
+                    float(torch.cosine_similarity(values[token], of, 0)) for of in values[:n_head]
+                ]
+                total = sum(math.exp(one / temperature) for one in alike)
                 expected = stored[layer, :, token].clone()
                 for probe, one in enumerate(alike):
                     move = exact[layer, :, probe] - stored[layer, :, probe]
                     expected += 0.7 * math.exp(one / temperature) / total * move
-                torch.testing.assert_close(ours[layer, :, token - n_head], expected)
+                torch.testing.assert_close(ours[0, :, token], expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

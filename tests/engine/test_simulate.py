@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from a3_engine.benchmark.roofline import Shape, work
-from a3_engine.benchmark.simulate import (
+from a3_engine.chunks.codecs import CODECS
+from a3_engine.kv import ChunkKV
+from benchmarks.simulate import (
     BF16,
     FRESH_TOKENS,
     MACHINES,
     MODELS,
     Efficiency,
     fits,
+    main,
     needed_bandwidths,
     simulate,
     stored_bytes,
     tables,
 )
-from a3_engine.chunks.codecs import CODECS
-from a3_engine.cli import main
-from a3_engine.kv import ChunkKV
 
 LLAMA, A100 = MODELS["Llama-3.1-8B"], MACHINES[0]
 IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 1.0, layer_s=0.0, repair_passes=0.0)
@@ -91,7 +91,7 @@ def test_the_published_shapes_have_the_published_sizes():
 
 
 def test_the_command_prints_tables_that_say_that_they_are_simulated(capsys):
-    assert main(["bench", "--simulate", "--contexts", "4096", "--ratios", "0.15"]) == 0
+    main(["--contexts", "4096", "--ratio", "0.15"])
     printed = capsys.readouterr().out
     assert printed.strip() == tables([4096], 0.15)
     parts = [part.split("\n") for part in printed.strip().split("\n\n")]

@@ -103,14 +103,15 @@ class Selector(ABC):
         """Number of chunk tokens to recompute."""
         return int(len(layout.chunk_positions) * self.ratio)
 
-    def moved_by_head(self, chunk: ChunkKV, head: ChunkKV, cache: FusedCache) -> ChunkKV | None:
-        """A prompt's first chunk after its head, as the correction has it; None where as stored.
+    def follow_head(
+        self, start: int, chunk: ChunkKV, head: ChunkKV, cache: FusedCache, rotation: Rotation
+    ) -> None:
+        """Correct the rest of a prompt's first chunk by its head, where anything is corrected.
 
-        At the ratios 0 and 1 nothing is corrected.
+        At the ratios 0 and 1 nothing is; see :meth:`KVCorrection.follow_head`.
         """
-        if self.correction is None or not 0.0 < self.ratio < 1.0 or chunk.n_tokens == head.n_tokens:
-            return None
-        return self.correction.follow_head(chunk, head, cache)
+        if self.correction is not None and 0.0 < self.ratio < 1.0:
+            self.correction.follow_head(start, chunk, head, cache, rotation)
 
     def before_write(
         self, layout: Layout, rotation: Rotation, devices: Sequence[torch.device]

@@ -1,5 +1,7 @@
 """What models and machines that are not here would make of it: simulated, never measured.
 
+`python -m benchmarks.simulate --contexts 4096,32768 --ratio 0.15`
+
 Published peak rates, times explicit efficiencies, divide the counts of `roofline.py`. The steps
 come one after the other, as in the engine: a tier is read, the codec decoded on the host, keys
 and values copied to the device and turned there, the question scored over a third of the layers,
@@ -8,6 +10,7 @@ and the rows computed and the other tokens moved (`mend`).
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
@@ -309,3 +312,16 @@ def tables(contexts: Sequence[int], ratio: float, efficiency: Efficiency | None 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", default="4096,32768", help="tokens of retrieved text")
+    parser.add_argument("--ratio", type=float, default=0.15, help="recomputed, 0 to 1")
+    options = parser.parse_args(arguments)
+    print(tables([int(each) for each in options.contexts.split(",")], options.ratio))
+
+
+if __name__ == "__main__":
+    main()
