@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.assembly import assemble, touch
-from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
+from a3_engine.chunks.codecs import DEFAULT_CODEC, check_codec
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
@@ -92,7 +92,8 @@ class A3Engine:
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
-        How chunks are stored: ``"raw"``, ``"int8"``, ``"int4"``; see docs/store.md.
+        How chunks are stored: ``"raw"``, ``"int8"``, ``"int4"``, ``"compact"``,
+        ``"compact-small"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
     turns_kept_s : float
@@ -131,7 +132,7 @@ class A3Engine:
             "encode_prefix": encode_prefix,
             "stand_in": stand_in,
             "size_limit": size_limit,
-            "codec": get_codec(codec).name,
+            "codec": check_codec(codec),
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
             "turns_kept_s": turns_kept_s,
         }

@@ -13,7 +13,7 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
-from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
 from a3_engine.errors import ContextOverflowError
@@ -83,7 +83,7 @@ class A3Settings(BaseModel):
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
+        default=DEFAULT_CODEC, description=f"How chunks are stored: {', '.join(CODEC_NAMES)}."
     )
     quality: str | None = Field(
         default=None, description="fast, balanced or exact, in place of selector and ratio."

@@ -31,7 +31,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from a3_engine import A3Engine, FusionReport
-from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import PromptLike
@@ -118,7 +118,7 @@ class A3LLM(CallsTools):
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
+        default=DEFAULT_CODEC, description=f"How chunks are stored: {', '.join(CODEC_NAMES)}."
     )
     max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")

@@ -51,6 +51,7 @@ from a3_engine.chunks.tiers.index import Entry, Index, Note, Row, remove_old_cat
 from a3_engine.chunks.tiers.mapped_files import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
+from a3_engine.kv import ChunkKV
 from a3_engine.processes import Lock
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ class DiskStore:
                 self._clean_up()
                 raise
         return len(content)
+
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        pass  # nothing is in memory here
 
     @once_more
     def contains_many(self, keys: Iterable[str]) -> set[str]:
