@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from a3_engine import A3Engine, Chunk, Message
+from a3_engine.chunks.archive import export_chunks
 from a3_engine.conversations import TAG, Conversation
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.method import Method
@@ -218,6 +219,23 @@ def test_turns_go(tiny_engine, how):
     assert how == "command" or engine.stats().entries >= kept
     engine.runtime.prefix_cache.clear()
     assert told(engine, messages).history_tokens == 0
+
+
+def test_turns_stay_on_this_machine(tiny_engine, tmp_path):
+    """A shared store has none of them, nor has an archive unless it is asked for their tag."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    engine = tiny_engine(store=f"file://{shared}")
+    report = told(engine, talk(ASKED[0], SAID, WHY))
+    local = engine.runtime.store.local
+    turns = {row.key for row, _ in local.entries() if report.conversation in row.tags}
+    assert len(turns) == 2
+    names = [path.name for path in shared.rglob("*") if path.is_file()]
+    assert names
+    assert not any(key in name for key in turns for name in names)
+    every, own = tmp_path / "every.tar", tmp_path / "own.tar"
+    assert export_chunks(local, every) == local.stats().entries - 2
+    assert export_chunks(local, own, report.conversation) == 2
 
 
 def test_what_is_old_is_not_read_before_it_is_removed(tiny_engine):
