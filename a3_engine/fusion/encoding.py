@@ -20,6 +20,8 @@ from a3_engine.model.rotary import Rotation, rotate_
 
 # Rows of a pass: short chunks are computed together, since few rows do not keep a device busy.
 CPU_BATCH_ROWS, BATCH_ROWS = 1024, 4096
+# Lengths go in steps: libraries keep a kernel and scratch for every shape that they meet.
+STEP = 16
 LEAST_FILLED = 0.8  # of a batch's longest chunk
 
 Item = TypeVar("Item")
@@ -114,7 +116,8 @@ def encode_chunks(
         In the model's dtype, on its device.
     """
     n_before = prefix.n_tokens if prefix is not None else 0
-    n_tokens = n_before + max(len(ids) for ids in chunks)
+    longest = n_before + max(len(ids) for ids in chunks)
+    n_tokens = STEP * -(-longest // STEP)
     cache = allocate(decoder, n_tokens, n_tokens, len(chunks))
     if prefix is not None:
         load_chunks(cache, rotation, [(0, prefix)])

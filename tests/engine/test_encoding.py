@@ -16,6 +16,7 @@ from a3_engine.fusion.encoding import (
     BATCH_ROWS,
     CPU_BATCH_ROWS,
     LEAST_FILLED,
+    STEP,
     batches,
     encode_chunks,
 )
@@ -53,6 +54,19 @@ def test_batches_hold_everything_once_and_are_well_filled(device, most):
         assert min(ours) >= LEAST_FILLED * max(ours)
     assert len(found) < len(items)
     assert list(batches([], [], torch.device(device))) == []
+
+
+def test_any_lengths_make_few_shapes(tiny_engine):
+    """What is kept for each shape would grow with a corpus."""
+    engine = tiny_engine()
+    rotation, decoder = engine.runtime.gate.rotation, engine.runtime.model.get_decoder()
+    widths = set()
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _, args: widths.add(args[0].shape[1]))
+    for length in range(1, 97):
+        (kv,) = encode_chunks(decoder, rotation, [[5] * length])
+        assert kv.n_tokens == length
+    hook.remove()
+    assert widths == set(range(STEP, 97, STEP))
 
 
 def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_engine, monkeypatch):
