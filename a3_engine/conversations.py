@@ -39,7 +39,7 @@ class Conversation:
 
     @classmethod
     def of(cls, messages: Sequence[Message], name: str | None = None) -> Conversation | None:
-        """None for a single question without a name, behind which no turn need follow."""
+        """None for a single question without a name, after which no turn need follow."""
         if name is not None:
             name = clean(name)
             return cls(TAG + name, (_link("", "name", name),) * len(messages), True)
@@ -54,7 +54,7 @@ class Conversation:
         first = next((each for each in links if each), _link("", "nobody", ""))
         return cls(TAG + first[:16], tuple(each or first for each in links), False)
 
-    def behind(self, answer: str) -> str:
+    def after(self, answer: str) -> str:
         """The owner of the answer to the last message."""
         last = self.owners[-1]
         return last if self.named else _link(last, "assistant", answer)

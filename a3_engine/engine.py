@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.assembly import assemble, touch
-from a3_engine.chunks.codecs import DEFAULT_CODEC, get_codec
+from a3_engine.chunks.codecs import DEFAULT_CODEC, check_codec
 from a3_engine.chunks.fingerprint import digest
 from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions, StoreStats
@@ -83,20 +83,21 @@ class A3Engine:
     keep : float or None
         Share of the prompt's tokens that compression keeps; its own default where None.
     encode_prefix : str
-        What chunks are computed behind: ``"template"``, ``"bos"``, ``"none"`` or a text; see
+        What chunks are computed after: ``"template"``, ``"bos"``, ``"none"`` or a text; see
         :class:`~a3_engine.prompt.PromptPlanner`.
     stand_in : str or sequence of str
-        What they are computed behind as well, in place of a prompt's other documents:
+        What they are computed after as well, in place of a prompt's other documents:
         ``"shipped"``, ``"none"`` or passages of your own; ``"auto"`` is what `a3 tune` saved for
         this model, or else ``"shipped"``. See :mod:`a3_engine.chunks.stand_in`.
     size_limit : int or None
         Bytes that the chunk store may take; half of the disk's free space where None.
     codec : str
-        How chunks are stored: ``"raw"``, ``"int8"``, ``"int4"``; see docs/store.md.
+        How chunks are stored: ``"raw"``, ``"int8"``, ``"int4"``, ``"compact"``,
+        ``"compact-small"``; see docs/store.md.
     store : str, StoreOptions or None
         URL of a store shared with other machines, or all that can be around the local folder.
     turns_kept_s : float
-        Seconds behind its last use that a finished turn of a conversation is kept in the local
+        Seconds after its last use that a finished turn of a conversation is kept in the local
         folder; 0 keeps none.
     """
 
@@ -131,7 +132,7 @@ class A3Engine:
             "encode_prefix": encode_prefix,
             "stand_in": stand_in,
             "size_limit": size_limit,
-            "codec": get_codec(codec).name,
+            "codec": check_codec(codec),
             "store": store if isinstance(store, StoreOptions) else StoreOptions(store),
             "turns_kept_s": turns_kept_s,
         }
@@ -458,10 +459,10 @@ class A3Engine:
         Parameters
         ----------
         room : int
-            Slots for tokens behind the prompt; the cache grows beyond them where needed.
+            Slots for tokens after the prompt; the cache grows beyond them where needed.
         **method
             ``quality``, ``selector``, ``ratio``, ``compression``, ``keep``. A compression is
-            applied by ``cache.compressor.compress(model, cache, first token)`` behind the forward
+            applied by ``cache.compressor.compress(model, cache, first token)`` after the forward
             pass.
 
         Raises

@@ -1,7 +1,7 @@
 """What of a prompt is a finished exchange: a user's message and all that answered it.
 
 An exchange is one segment, with the template's words ahead of each of its messages: what answers is
-computed behind what was asked, and few tokens are left to be computed anew. Documents inside it
+computed after what was asked, and few tokens are left to be computed anew. Documents inside it
 stay chunks of their own, and cut it. So does a system message, which changes by itself.
 """
 
@@ -62,7 +62,7 @@ def divide(
             ids,
             tag=whose.tag,
             owner=whose.owners[min(last, len(messages) - 1)],
-            behind=opening if run[0] == 1 else None,
+            context=opening if run[0] == 1 else None,
         )
         if run[0] == 0 or parts[0].kind != "fresh" or len(ids) < LEAST_TOKENS:
             divided += parts

@@ -109,9 +109,9 @@ CPU_BOUND, BOUND = 160, 2048
 LAYER_TYPES = frozenset(
     {"full_attention", "sliding_attention", "linear_attention", "conv", "mlp", "moe"}
 )
-TAIL = 32  # so many tokens behind the chunk are compared, of a short prompt a third
+TAIL = 32  # so many tokens after the chunk are compared, of a short prompt a third
 STEPS = 3  # of decoding
-ROOM = 40  # spare slots behind a prompt, as a request has them
+ROOM = 40  # spare slots after a prompt, as a request has them
 SHIFT = 100  # a chunk is moved by so many tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -206,13 +206,13 @@ def _self_check(model: PreTrainedModel, rotation: Rotation, text: Sequence[int])
         _check_pass(probe, rotation, A3(ratio=0.3), SHORT),
         _check_pass(probe, rotation, FullReuse(), long),
     ]
-    behind = []
+    predicted = []
     for at in range(STEPS):
         tokens = [int(ids[0, SHORT + at]), int(ids[0, long + at])]
-        behind.append(step(model, tokens, caches, device)[:, 0])
+        predicted.append(step(model, tokens, caches, device)[:, 0])
     probe.check(
         "in decoding steps for two requests",
-        Outcome((), log_probs(torch.stack(behind, 1).flatten(0, 1))),
+        Outcome((), log_probs(torch.stack(predicted, 1).flatten(0, 1))),
         torch.cat([SHORT + steps, long + steps]),
     )
     return rotation
@@ -228,7 +228,7 @@ def _long(model: PreTrainedModel, rotation: Rotation, device: torch.device) -> i
 
 
 def _tail(n_tokens: int) -> torch.Tensor:
-    """Positions of a prompt's last tokens, behind the chunk."""
+    """Positions of a prompt's last tokens, after the chunk."""
     return torch.arange(n_tokens - min(TAIL, n_tokens // 3), n_tokens)
 
 

@@ -76,7 +76,7 @@ def _first(segments: list[Segment]) -> Segment:
 def _say_what_it_takes(runtime: Runtime, missing: list[Segment]) -> None:
     """Before the first is computed; a warning where the store cannot hold them."""
     assert runtime.library is not None
-    nbytes = sum(runtime.library.header(segment).nbytes for segment in missing)
+    nbytes = sum(runtime.library.nbytes(segment) for segment in missing)
     limit = runtime.store.local.size_limit
     n_chunks = sum(segment.kind == "chunk" for segment in missing)
     logger.info("%d chunks will take %.2f GiB of the disk.", n_chunks, nbytes / 2**30)
@@ -92,7 +92,7 @@ def _say_what_it_takes(runtime: Runtime, missing: list[Segment]) -> None:
 
 
 def _way_out(runtime: Runtime) -> str:
-    stored = runtime.library.codec if runtime.library is not None else ""
-    smaller = {"raw": "int8 or int4", "int8": "int4"}.get(stored)
+    stored = runtime.library.codec.name if runtime.library is not None else ""
+    smaller = {"raw": "compact or int8", "int8": "compact or int4", "int4": "compact"}.get(stored)
     codec = f", or store them as {smaller} by codec=" if smaller else ""
     return f"Raise size_limit{codec}."

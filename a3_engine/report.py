@@ -78,7 +78,7 @@ class FusionReport:
     ``fresh_tokens`` have no cached counterpart. ``select_s`` and ``recompute_s`` are parts of
     ``ttft_s``, the time from the call to the first token, as are ``plan_s``, from the call to the
     prompt's token ids, ``load_s`` and ``encode_s``.
-    ``stand_in`` names the passages that the chunks were computed behind, as `a3 cache ls` does; it
+    ``stand_in`` names the passages that the chunks were computed after, as `a3 cache ls` does; it
     is empty where there were none.
     ``kv_bytes`` is what the prompt's keys and values take while a fused request decodes.
     ``fallback_reason`` says why ordinary prefill served the request, and is None for a fused one.
@@ -192,7 +192,7 @@ class FusionReport:
                     "chunks",
                     f"{len(self.chunks)}: {self.hits} hits ({_size(self.bytes_read)} read), "
                     f"{self.misses} misses ({_size(self.bytes_written)} written)"
-                    + (f", computed behind stand-in {self.stand_in}" if self.stand_in else ""),
+                    + (f", computed after stand-in {self.stand_in}" if self.stand_in else ""),
                 ),
                 ("resident", f"{_size(self.kv_bytes)} of keys and values"),
             ]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_engine.chunks.calibration import make_codec
 from a3_engine.chunks.fingerprint import (
     Watch,
     digest,
@@ -150,7 +151,7 @@ def start(
     decoder = BatchedDecoder(model)
     text = [*planner.prefix_ids[:1], *planner.tokenize_text(TEXT)]
     gate = decoder.executor.run(lambda: check_model(model, text))
-    engine, gate = _identity(weights, tokens, codec, gate)
+    gate = _with_weights(weights, gate)
     if gate.reason is not None:
         logger.warning("%s is served by ordinary prefill: %s.", name, gate.reason)
     elif not gate.tested:
@@ -165,13 +166,25 @@ def start(
     if own and gate.reason is None and gate.tested:
         pack(model)
     library = turns = None
+    engine = _identity(weights, tokens, gate, codec)
     if gate.rotation is not None:
+        encoder = ChunkEncoder(model.get_decoder(), gate.rotation, decoder.executor)
+        found, beside = make_codec(
+            codec,
+            _identity(weights, tokens, gate, ""),
+            chunks,
+            encoder,
+            planner.tokenize_text,
+            planner.prefix_ids,
+        )
+        engine = _identity(weights, tokens, gate, found.identity)
         library = ChunkLibrary(
-            ChunkEncoder(model.get_decoder(), gate.rotation, decoder.executor),
+            encoder,
             chunks,
             TextIndex(chunks.local, engine),
             engine=engine,
-            codec=codec,
+            codec=found,
+            beside=beside,
             prefix_ids=planner.prefix_ids,
             stand_in_ids=planner.stand_in_ids,
             room=min(context_window(model), gate.rotation.max_tokens or 2**31),
@@ -192,7 +205,7 @@ def start(
         local_queries=LocalQueries(model, gate.rotation) if gate.rotation else None,
         fingerprint=digest(engine, planner.prefix_ids + planner.stand_in_ids),
         decoder=decoder,
-        watch=Watch(model),  # which holds weights, so that it comes behind packing
+        watch=Watch(model),  # which holds weights, so that it comes after packing
         prefix_cache=_prefix_cache(model, gate),
         profile=profile,
         turns=turns,
@@ -205,8 +218,19 @@ def renewed(runtime: Runtime) -> Runtime:
     if old is None:
         return replace(runtime, watch=watch)
     weights, tokens = _weights(runtime.model), tokenizer_fingerprint(runtime.tokenizer)
-    engine, gate = _identity(weights, tokens, old.codec, runtime.gate)
-    library = old.of(engine) if gate.rotation is not None else None
+    gate = _with_weights(weights, runtime.gate)
+    library, engine = None, _identity(weights, tokens, gate, old.codec.name)
+    if gate.rotation is not None:
+        codec, beside = make_codec(
+            old.codec.name,
+            _identity(weights, tokens, gate, ""),
+            old.store,
+            old.encoder,
+            runtime.planner.tokenize_text,
+            runtime.planner.prefix_ids,
+        )
+        engine = _identity(weights, tokens, gate, codec.identity)
+        library = old.of(engine, codec, beside)
     runtime.planner.find = library.text_index.find if library is not None else None
     turns = runtime.turns.of(library) if runtime.turns is not None and library is not None else None
     runtime.planner.stored = turns.stored if turns is not None else None
@@ -244,12 +268,15 @@ def _weights(model: PreTrainedModel) -> Weights:
         return Weights("unknown", f"its weights cannot be read: {shortened(error)}")
 
 
-def _identity(
-    weights: Weights, tokenizer: str, codec: str, gate: GateResult
-) -> tuple[str, GateResult]:
-    """Fingerprint of what makes keys and values; a model without one is not fused."""
-    if weights.reason is not None:
-        gate = replace(gate, rotation=None, reason=gate.reason or weights.reason)
+def _with_weights(weights: Weights, gate: GateResult) -> GateResult:
+    """A model whose weights cannot be told from others is not fused."""
+    if weights.reason is None:
+        return gate
+    return replace(gate, rotation=None, reason=gate.reason or weights.reason)
+
+
+def _identity(weights: Weights, tokenizer: str, gate: GateResult, codec: str) -> str:
+    """Fingerprint of what makes keys and values."""
     rotation = gate.rotation
     turning = ([row.tolist() for row in rotation.inv_freq], rotation.adjacent) if rotation else None
-    return digest(weights.identity, tokenizer, codec, turning), gate
+    return digest(weights.identity, tokenizer, codec, turning)

@@ -27,7 +27,7 @@ class Segment:
     A head is a chunk's first tokens; see :meth:`~a3_engine.chunks.library.ChunkLibrary.head`.
     A turn is what a conversation said before, and a chunk where it is stored. Its ``owner`` is a
     part of its key; see :class:`~a3_engine.conversations.Conversation`. One that opens its prompt
-    is computed ``behind`` the very tokens ahead of it, and is exact there.
+    is computed after the very tokens before it, and is exact there.
     """
 
     kind: Kind
@@ -35,7 +35,7 @@ class Segment:
     text: str = ""
     tag: str | None = None
     owner: str = ""
-    behind: tuple[int, ...] | None = None
+    context: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,15 @@ class Prompt:
             position += len(segment.ids)
         return [(start, segment) for start, segment in starts if segment.kind != "fresh"]
 
-    def layout(self, behind: tuple[int, ...], reused: int = 0, head: int | None = None) -> Layout:
+    def layout(
+        self, prefix_ids: tuple[int, ...], reused: int = 0, head: int | None = None
+    ) -> Layout:
         """Positions by role. The last token is computed in any case: it chooses the answer's first.
 
         Parameters
         ----------
-        behind : tuple of int
-            The encode prefix: a chunk that stands just behind it is exact.
+        prefix_ids : tuple of int
+            The encode prefix: a chunk that stands just after it is exact.
         reused : int
             Tokens at the start that have no role, because an earlier turn computed them. What it
             leaves of a chunk that it cuts is fresh.
@@ -94,8 +96,8 @@ class Prompt:
             if segment.kind == "chunk" and position >= reused:
                 end = min(stop, last)
                 n_exact = end - position if head is None else min(head, end - position)
-                computed_behind = behind if segment.behind is None else segment.behind
-                exact = n_exact if tuple(so_far) == computed_behind else 0
+                context = prefix_ids if segment.context is None else segment.context
+                exact = n_exact if tuple(so_far) == context else 0
                 chunks.append(Span(position, end, exact))
                 if end < stop:
                     fresh.append(torch.tensor([last]))

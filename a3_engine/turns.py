@@ -1,6 +1,6 @@
 """Finished turns of conversations, on their way into the store.
 
-They are computed behind the stand-in like every chunk, so that they hold nothing of other
+They are computed after the stand-in like every chunk, so that they hold nothing of other
 documents or conversations, beside the answers to come: one at a time, while nobody waits for a
 first token. They stay on this machine, until they were not used for some time, or the engine is
 closed.
@@ -25,7 +25,7 @@ from a3_engine.segments import Segment
 logger = logging.getLogger(__name__)
 
 DAY_S = 24 * 3600.0
-PAUSE_S = 0.05  # behind an answer: an agent asks again at once
+PAUSE_S = 0.05  # after an answer: an agent asks again at once
 PATIENCE_S = 2.0  # with somebody waiting for a first token all the time
 END_S = 60.0  # for the turn that is being computed when the program ends
 
@@ -42,7 +42,7 @@ class Turns:
     store : DiskStore
         Its local folder.
     kept_s : float
-        Seconds behind its last use that a turn is kept.
+        Seconds after its last use that a turn is kept.
     tags : set of str
         Those of conversations that had turns stored before.
     """

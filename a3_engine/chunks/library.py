@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
+from a3_engine.chunks.codecs.base import Codec
 from a3_engine.chunks.fingerprint import chunk_key, digest
 from a3_engine.chunks.keyed_locks import KeyedLocks
 from a3_engine.chunks.known import About, Known
@@ -61,17 +62,19 @@ class Encoder(Protocol):
 
 
 class ChunkLibrary:
-    """Chunks computed by one model behind one encode prefix and one stand-in.
+    """Chunks computed by one model after one encode prefix and one stand-in.
 
     Parameters
     ----------
     encoder : Encoder
     engine : str
         Fingerprint of model, tokenizer, dtype, codec and rotary parameters.
-    codec : str
-        How chunks are stored. What they are computed behind is always raw.
+    codec : Codec
+        How chunks are stored. What they are computed after is always raw.
+    beside : tuple of str
+        Keys of what the store must not drop before the chunks: the codec's basis.
     prefix_ids, stand_in_ids : tuple of int
-        What chunks are computed behind; may be empty.
+        What chunks are computed after; may be empty.
     room : int
         Tokens that the model's positions are good for.
     """
@@ -83,7 +86,8 @@ class ChunkLibrary:
         text_index: TextIndex,
         *,
         engine: str,
-        codec: str,
+        codec: Codec,
+        beside: tuple[str, ...] = (),
         prefix_ids: tuple[int, ...],
         stand_in_ids: tuple[int, ...],
         room: int,
@@ -93,9 +97,9 @@ class ChunkLibrary:
         self.prefix_ids, self._all_ids = prefix_ids, prefix_ids + stand_in_ids
         self.stand_in = digest(stand_in_ids)[:12] if stand_in_ids else ""
         self._room = room
-        self._encoder = encoder
+        self.encoder = encoder
         self._shape, self._dtype = encoder.shape, encoder.dtype
-        self._engine, self.codec = engine, codec
+        self._engine, self.codec, self._beside = engine, codec, beside
         # Two requests that miss the same chunk meet here, and compute it once.
         self._flights = KeyedLocks()
         self._device = encoder.device
@@ -105,14 +109,15 @@ class ChunkLibrary:
             None if self._device.type == "cpu" else ThreadPoolExecutor(READERS, "a3-read")
         )
 
-    def of(self, engine: str) -> ChunkLibrary:
+    def of(self, engine: str, codec: Codec, beside: tuple[str, ...]) -> ChunkLibrary:
         """The same for another fingerprint."""
         return ChunkLibrary(
-            self._encoder,
+            self.encoder,
             self.store,
             self.text_index.of(engine),
             engine=engine,
-            codec=self.codec,
+            codec=codec,
+            beside=beside,
             prefix_ids=self.prefix_ids,
             stand_in_ids=self._all_ids[len(self.prefix_ids) :],
             room=self._room,
@@ -168,22 +173,22 @@ class ChunkLibrary:
         """
         header = self.header(segment)
         if (resident := self.resident.get(header.key)) is not None:
-            return Fetched(resident, True, header.nbytes, 0.0)
+            return Fetched(resident, True, self.nbytes(segment), 0.0)
         if (stored := self._home(segment).get(header)) is not None:
             return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
-        behind = self._context_kv(segment)
+        context = self._context_kv(segment)
         with self._flights.of(header.key):
             if (stored := self._home(segment).get(header)) is not None:
                 return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
             self.touch(beside)
-            [payload], started = self._compute([segment], behind)
+            [payload], started = self._compute([segment], context)
             try:
                 self._home(segment).put(payload, segment.tag)
             except StoreError as error:
                 logger.warning("%s The chunk serves this request only.", error)
             # Decoded, so that this request answers as all later ones will.
             seconds = time.perf_counter() - started
-            return Fetched(payload.kv(), False, payload.nbytes, seconds)
+            return Fetched(self._decoded(payload), False, payload.nbytes, seconds)
 
     def _home(self, segment: Segment) -> DiskStore | TieredStore:
         """Turns of conversations stay on this machine."""
@@ -192,15 +197,24 @@ class ChunkLibrary:
     def _beside_device(self, stored: Payload) -> ChunkKV:
         """A stored chunk where the device gets at it fast: decoded there, or in pinned memory."""
         if self._device.type != "cuda":
-            return stored.kv()
+            return self._decoded(stored)
         if stored.header.codec != DEFAULT_CODEC:
-            return stored.on(self._device).kv()
-        kv = stored.kv()
+            return self._decoded(stored.on(self._device))
+        kv = self._decoded(stored)
         return kv if kv.keys.is_pinned() else ChunkKV(kv.keys.pin_memory(), kv.values.pin_memory())
+
+    def _decoded(self, payload: Payload) -> ChunkKV:
+        kv = payload.kv(self._codec_of(payload.header))
+        if payload.header.codec not in CODECS and self._device.type == "cpu":
+            self.store.keep_decoded(payload, kv)
+        return kv
+
+    def _codec_of(self, header: Header) -> Codec:
+        return self.codec if header.codec == self.codec.name else CODECS[header.codec]
 
     def touch(self, segments: Iterable[Segment]) -> None:
         """Let the least recently used chunks be others; a write, so not before a first token."""
-        self.store.touch([self.header(segment).key for segment in segments])
+        self.store.touch([*(self.header(segment).key for segment in segments), *self._beside])
 
     def store_all(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Compute and store segments; yields once for each that has become durable.
@@ -229,14 +243,14 @@ class ChunkLibrary:
 
     def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         lengths = [len(segment.ids) for segment in segments]
-        return self._encoder.batches(segments, lengths)
+        return self.encoder.batches(segments, lengths)
 
     def _launch(self, batch: Sequence[Segment], writer: ThreadPoolExecutor) -> Future[int]:
         """Compute segments unless they were stored meanwhile; their flight ends on disk."""
-        behind = self._context_kv(batch[0])
+        context = self._context_kv(batch[0])
         with self._flights.of(*(self.header(segment).key for segment in batch)) as held:
             missing = self.missing(batch)
-            payloads = self._compute(missing, behind)[0] if missing else []
+            payloads = self._compute(missing, context)[0] if missing else []
             flight = held.pop_all()
 
         def land() -> int:
@@ -252,13 +266,13 @@ class ChunkLibrary:
         """Ids that a segment is computed after; no stand-in where both would not fit."""
         if segment.kind == "prefix":
             return ()
-        if segment.behind is not None:
-            return segment.behind
+        if segment.context is not None:
+            return segment.context
         fits = len(self._all_ids) + len(segment.ids) <= self._room
         return self._all_ids if fits and segment.kind == "chunk" else self.prefix_ids
 
     def head(self, chunk: Segment) -> Segment | None:
-        """A chunk's first tokens, computed behind the prefix alone; None where it is itself so.
+        """A chunk's first tokens, computed after the prefix alone; None where it is itself so.
 
         A chunk that opens a prompt has no other document before it, and its first tokens feel
         that most: with its head these are exact.
@@ -268,8 +282,9 @@ class ChunkLibrary:
         return Segment("head", chunk.ids[:HEAD_TOKENS], tag=chunk.tag, owner=chunk.owner)
 
     def _context_kv(self, segment: Segment) -> ChunkKV | None:
-        """KV of what a segment is computed behind; stored as all else, so computed once."""
+        """KV of what a segment is computed after; stored as all else, so computed once."""
         if not (ids := self.context_ids(segment)):
+            self.touch([])
             return None
         before = Segment("prefix", ids)
         kv = self.fetch(before).kv
@@ -277,12 +292,12 @@ class ChunkLibrary:
         return kv
 
     def _compute(
-        self, segments: Sequence[Segment], behind: ChunkKV | None
+        self, segments: Sequence[Segment], context: ChunkKV | None
     ) -> tuple[list[Payload], float]:
         """The segments' payloads, and when their computation began."""
-        computed, started = self._encoder.encode([segment.ids for segment in segments], behind)
+        computed, started = self.encoder.encode([segment.ids for segment in segments], context)
         return [
-            Payload.of(kv, self.header(segment), _about(segment))
+            Payload.of(kv, header := self.header(segment), _about(segment), self._codec_of(header))
             for kv, segment in zip(computed, segments, strict=True)
         ], started
 
@@ -293,12 +308,17 @@ class ChunkLibrary:
         self.resident.discard(keys)
         return len(keys)
 
+    def nbytes(self, segment: Segment) -> int:
+        """Bytes that a segment takes in the store, or about so many."""
+        header = self.header(segment)
+        return self._codec_of(header).nbytes(*header.shapes, header.torch_dtype)
+
     def header(self, segment: Segment) -> Header:
         """What the payload of a segment must say of itself."""
-        behind = self.context_ids(segment)
+        context = self.context_ids(segment)
         engine = digest(self._engine, segment.owner) if segment.owner else self._engine
-        key = chunk_key(engine, behind, segment.ids)
-        codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec
+        key = chunk_key(engine, context, segment.ids)
+        codec = DEFAULT_CODEC if segment.kind == "prefix" else self.codec.name
         shape, values = self._shape.of_chunk(len(segment.ids))
         return Header(
             key,
@@ -306,7 +326,7 @@ class ChunkLibrary:
             shape,
             self._dtype,
             codec,
-            stand_in=self.stand_in if behind != self.prefix_ids and behind else "",
+            stand_in=self.stand_in if context != self.prefix_ids and context else "",
             value_dim=0 if values == shape else values[3],
         )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import stat
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from a3_engine.chunks.codecs import CODECS, get_codec
-from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.chunks.codecs import CODECS, FORMATS
+from a3_engine.chunks.codecs.base import Codec, Spec, Tensors
 from a3_engine.chunks.fingerprint import FORMAT_VERSION
 from a3_engine.kv import ChunkKV, Shape
 
@@ -66,12 +65,13 @@ class Header:
 
     @property
     def layout(self) -> dict[str, Spec]:
-        return get_codec(self.codec).layout(*self.shapes, self.torch_dtype)
+        return FORMATS[self.codec].layout(*self.shapes, self.torch_dtype)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the encoded tensors."""
-        return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.layout.values())
+    def nbytes(self) -> tuple[int, int]:
+        """The least and the most bytes that the encoded tensors can have."""
+        each = [spec.nbytes for spec in self.layout.values()]
+        return sum(least for least, _ in each), sum(most for _, most in each)
 
     def to_json(self) -> str:
         said = asdict(self)
@@ -88,7 +88,7 @@ class Header:
             header = cls(**{**fields, "shape": tuple(fields["shape"])})
             sound = (
                 header.to_json() == text
-                and header.codec in CODECS
+                and header.codec in FORMATS
                 and len(header.shape) == 4
                 and all(type(size) is int and size > 0 for size in header.shape)
                 and type(header.value_dim) is int
@@ -115,26 +115,33 @@ class Payload:
     """A header, and the encoded tensors that it describes.
 
     ``about`` says whose KV it is, for an index that has to be made anew; see `known.About`. No
-    request depends on it.
+    request depends on it. ``decoded`` is what it decodes to, where somebody keeps that in memory.
     """
 
     header: Header
     tensors: Tensors
     about: str = ""
+    decoded: ChunkKV | None = None
 
     @classmethod
-    def of(cls, kv: ChunkKV, header: Header, about: str = "") -> Payload:
-        """Encode a chunk."""
-        return cls(header, get_codec(header.codec).encode(kv), about)
+    def of(
+        cls, kv: ChunkKV, header: Header, about: str = "", codec: Codec | None = None
+    ) -> Payload:
+        """Encode a chunk; by the header's codec, which has to be given where it is calibrated."""
+        return cls(header, (codec or CODECS[header.codec]).encode(kv), about)
 
     @property
     def nbytes(self) -> int:
+        if self.decoded is not None:
+            return self.decoded.nbytes
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def kv(self) -> ChunkKV:
-        """Decode. Do not write into it: it may be the store's memory."""
-        header = self.header
-        return get_codec(header.codec).decode(self.tensors, *header.shapes, header.torch_dtype)
+    def kv(self, codec: Codec | None = None) -> ChunkKV:
+        """Decode, as `of` encodes. Do not write into it: it may be the store's memory."""
+        if self.decoded is not None:
+            return self.decoded
+        header, codec = self.header, codec or CODECS[self.header.codec]
+        return codec.decode(self.tensors, *header.shapes, header.torch_dtype)
 
     def on(self, device: torch.device) -> Payload:
         """The same with its tensors on a device, to be decoded there."""
@@ -153,14 +160,18 @@ class Payload:
         """sha256 over the header, what it is about, and every byte of the tensors."""
         hasher = hashlib.sha256(self.header.to_json().encode())
         hasher.update(self.about.encode("utf-8", "surrogatepass"))
-        for name in sorted(self.tensors):
-            hasher.update(
-                self.tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+        by_layer = FORMATS[self.header.codec].by_layer
+        for name, tensor in sorted(self.tensors.items()):
+            if not by_layer:  # where the header does not tell the sizes
+                hasher.update(f"{name} {list(tensor.shape)}".encode())
+            if tensor.numel():
+                hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return hasher.digest()
 
     def split(self, nbytes: int) -> list[Payload]:
         """Groups of layers of at most ``nbytes`` each, but of one layer at least."""
+        if not FORMATS[self.header.codec].by_layer:
+            return [self]
         n_layers = self.header.shape[0]
         each = max(1, n_layers * nbytes // max(1, self.nbytes))
         return [
@@ -279,7 +290,8 @@ def claims(content: bytes) -> tuple[Header, str]:
 def _check_size(start: bytes, size: int, expected: Header) -> int:
     """Length of the document's header, when it and the file have the size that they must have."""
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > MAX_HEADER or 8 + length + expected.nbytes != size:
+    least, most = expected.nbytes
+    if len(start) < 8 or length > MAX_HEADER or not least <= size - 8 - length <= most:
         raise DamagedPayload("it is cut, or larger than what it should hold")
     return length
 
@@ -290,8 +302,10 @@ def _check_header(metadata: dict[str, str], expected: Header) -> None:
 
 
 def _check_layout(tensors: Tensors, expected: Header) -> None:
-    found = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if found != expected.layout:
+    layout = expected.layout
+    if tensors.keys() != layout.keys() or not all(
+        spec.accepts(tensors[name]) for name, spec in layout.items()
+    ):
         raise DamagedPayload("its tensors have other names, shapes or dtypes than its header says")
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.urls import masked
+from a3_engine.kv import ChunkKV
 
 SECRET_VARIABLE = "A3_STORE_SECRET"
 
@@ -37,6 +38,9 @@ class ChunkStore(Protocol):
         StoreError
             It cannot be written.
         """
+
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        """Have a chunk decoded next time, where that is in memory."""
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that are stored."""

@@ -18,6 +18,7 @@ from a3_engine.benchmark.conversation import (
 from a3_engine.benchmark.plots import computed_by_turn, stacked_parts
 from a3_engine.benchmark.run import run
 from a3_engine.benchmark.table import tables
+from a3_engine.chunks.codecs import CODEC_NAMES
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.cli.options import STAND_IN_HELP, stand_in
 from a3_engine.cli.plot import check_suffix, save
@@ -65,7 +66,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     run.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     run.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
-    run.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, int4")
+    run.add_argument("--codec", default="raw", choices=CODEC_NAMES, help="how chunks are stored")
     run.add_argument(
         "--conversations",
         type=_count,

@@ -11,9 +11,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from a3_engine.chunks.archive import export_chunks, import_chunks
-from a3_engine.chunks.codecs import CODECS, DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
+from a3_engine.chunks.codecs.compact import BASIS
 from a3_engine.chunks.doctor import check_model
-from a3_engine.chunks.payload import DamagedPayload, read_header
+from a3_engine.chunks.known import About
+from a3_engine.chunks.payload import DamagedPayload, claims, read_header, read_start
 from a3_engine.chunks.stand_in import AUTO, NONE
 from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
 from a3_engine.chunks.tiers.disk import DiskStore
@@ -64,7 +66,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     warm.add_argument("--model", default=DEMO_MODEL, help="hub id, folder, GGUF file")
     warm.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
-    warm.add_argument("--codec", default=DEFAULT_CODEC, choices=tuple(CODECS))
+    warm.add_argument("--codec", default=DEFAULT_CODEC, choices=CODEC_NAMES)
     warm.add_argument("--encode-prefix", default="template", help="what chunks are computed after")
     warm.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
     warm.add_argument("--size-limit", type=nbytes, metavar="SIZE")
@@ -79,20 +81,26 @@ def show_stats(options: argparse.Namespace) -> None:
     stats = store.stats()
     codecs: Counter[str] = Counter()
     stand_ins: Counter[str] = Counter()
-    tokens = 0
+    tokens = chunks = 0
     for _, path in store.entries():
         try:
-            header = read_header(path)
+            header, about = claims(read_start(path))
         except DamagedPayload:
             codecs["damaged"] += 1
             continue
         codecs[header.codec] += 1
+        if header.codec == BASIS:
+            continue
         stand_ins[header.stand_in or NONE] += 1
         tokens += header.n_tokens
+        chunks += About.from_json(about).known is not None
+    free = max(0, stats.size_limit - stats.nbytes)
     figures = {
         "directory": stats.directory,
         "entries": stats.entries,
         "nbytes": stats.nbytes,
+        "chunks": chunks,
+        "room": free * chunks // max(1, stats.nbytes),
         "tokens": tokens,
         "codecs": dict(codecs),
         "stand_ins": dict(stand_ins),
@@ -102,6 +110,8 @@ def show_stats(options: argparse.Namespace) -> None:
     else:
         for name, value in figures.items():
             print(f"{name:10} {value}")
+        room = f"; room for {figures['room']:,} more like them" if chunks else ""
+        print(f"{chunks:,} chunks, {stats.nbytes / 1e9:.1f} GB{room}")
     store.close()
 
 

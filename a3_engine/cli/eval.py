@@ -7,6 +7,7 @@ import json
 import textwrap
 from pathlib import Path
 
+from a3_engine.chunks.codecs import CODEC_NAMES
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.cli.options import STAND_IN_HELP, stand_in
 from a3_engine.engine import A3Engine
@@ -81,7 +82,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--dtype", help="bfloat16 or float32; the machine's default if absent")
     how.add_argument("--encode-prefix", default="template", help="what chunks are computed after")
     how.add_argument("--stand-in", type=stand_in, default=AUTO, help=STAND_IN_HELP)
-    how.add_argument("--codec", default="raw", help="how chunks are stored: raw, int8, int4")
+    how.add_argument("--codec", default="raw", choices=CODEC_NAMES, help="how chunks are stored")
     how.add_argument("--cache-dir", help="folder of the chunk store")
     how.add_argument("--output", type=Path, help="keep every row here, and resume from it")
     how.add_argument("--json", action="store_true", help="one JSON line a set, method and ratio")

@@ -1,4 +1,4 @@
-"""Computing the KV of chunks alone, once, behind the encode prefix."""
+"""Computing the KV of chunks alone, once, after the encode prefix."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from a3_engine.model.rotary import Rotation, rotate_
 
 # Rows of a pass: short chunks are computed together, since few rows do not keep a device busy.
 CPU_BATCH_ROWS, BATCH_ROWS = 1024, 4096
+# Lengths go in steps: libraries keep a kernel and scratch for every shape that they meet.
+STEP = 16
 LEAST_FILLED = 0.8  # of a batch's longest chunk
 
 Item = TypeVar("Item")
@@ -96,7 +98,7 @@ def encode_chunks(
 ) -> list[ChunkKV]:
     """Keys, turned back to position 0, and values of token sequences, each computed alone.
 
-    Their tokens are the rows of a fusion pass behind the loaded prefix; shorter ones are filled up
+    Their tokens are the rows of a fusion pass after the loaded prefix; shorter ones are filled up
     on the right, where nothing that counts attends to.
 
     Parameters
@@ -106,31 +108,32 @@ def encode_chunks(
     chunks : sequence of sequence of int
         Token ids, at least one chunk.
     prefix : ChunkKV or None
-        What each is computed behind; it is not part of the results.
+        What each is computed after; it is not part of the results.
 
     Returns
     -------
     list of ChunkKV
         In the model's dtype, on its device.
     """
-    behind = prefix.n_tokens if prefix is not None else 0
-    n_tokens = behind + max(len(ids) for ids in chunks)
+    n_before = prefix.n_tokens if prefix is not None else 0
+    longest = n_before + max(len(ids) for ids in chunks)
+    n_tokens = STEP * -(-longest // STEP)
     cache = allocate(decoder, n_tokens, n_tokens, len(chunks))
     if prefix is not None:
         load_chunks(cache, rotation, [(0, prefix)])
-    own = torch.arange(behind, n_tokens)
-    layout = Layout(n_tokens, (), behind, fresh=own, question=own, reused=behind)
+    own = torch.arange(n_before, n_tokens)
+    layout = Layout(n_tokens, (), n_before, fresh=own, question=own, reused=n_before)
     fusion = FusionPass(cache, layout)
     fusion.recompute(own[:0])
     fusion.last_token_only = True
     # The prefix's rows are cut off ahead of the first layer, so that any token does for them.
-    rows = [[ids[0]] * behind + list(ids) for ids in chunks]
+    rows = [[ids[0]] * n_before + list(ids) for ids in chunks]
     run_pass(decoder, [ids + ids[-1:] * (n_tokens - len(ids)) for ids in rows], cache)
 
     device = decoder.get_input_embeddings().weight.device
     layers = []
     for layer, (cos, sin) in zip(cache.layers, rotation.tables(own, cache.devices), strict=True):
-        key, value = (states[:, :, behind:] for states in layer.stored())
+        key, value = (states[:, :, n_before:] for states in layer.stored())
         rotate_(key, cos, sin, inverse=True)
         layers.append((key, value))
     return [

@@ -58,7 +58,7 @@ class CachedPrefix:
         return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
     def shared(self, ids: Sequence[int]) -> int:
-        """Tokens that a prompt may take over; 0 unless it goes on behind this prompt's answer.
+        """Tokens that a prompt may take over; 0 unless it goes on after this prompt's answer.
 
         An answer may come back cut, by a stop string or a strip: what stands before is still the
         same. At least one token is left to compute, whose logits choose the answer.

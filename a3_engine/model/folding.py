@@ -31,7 +31,7 @@ class Folding(LinearAttentionLayer):
     """
 
     shape: LayerShape
-    rows: torch.Tensor | None = None  # where a pass's inputs belong; else behind all others
+    rows: torch.Tensor | None = None  # where a pass's inputs belong; else after all others
     _folded = 0  # tokens in the state
     _wanted: torch.Tensor | None = None  # those whose outputs go on; None for all
 

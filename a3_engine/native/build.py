@@ -1,9 +1,10 @@
-"""The C++ beside this file as libraries, compiled once a user, version and dtype.
+"""The C++ beside this file as libraries, compiled once a user, version and kind.
 
 torch has no quick operation for a few loops: attention of one token over a long cache, of scattered
 rows, turning keys while they are copied, and moving tokens that follow others. On Linux, where the
 CPU has AVX512 and there is a `g++`, they are compiled on first use, in a thread that no answer
-waits for; until then, and anywhere else, torch's operations do the same, more slowly.
+waits for; until then, and anywhere else, torch's operations do the same, more slowly. The entropy
+coder's loops are a library of their own, for any CPU; numpy does the same.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ logger = logging.getLogger(__name__)
 SWITCH = "A3_NATIVE"  # set to 0, everything is left to torch
 SOURCES = ("attention.cpp", "placing.cpp", "shifting.cpp")
 HEADERS = ("element.h", "tiles.h")
-FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
-    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-)
+CODER = "coder"
+CODER_SOURCES = ("coding.cpp",)
+ANY_CPU = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
+FLAGS = (*ANY_CPU, "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 TIMEOUT_S = 60
 ANSWER_S = 5  # to say its version; one that waits for a licence or a network is left alone
+
+Kind = torch.dtype | str  # of states, or CODER
 
 
 class Background:
@@ -47,25 +50,25 @@ class Background:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._begun: dict[torch.dtype, tuple[threading.Thread, Future[ctypes.CDLL | None]]] = {}
+        self._begun: dict[Kind, tuple[threading.Thread, Future[ctypes.CDLL | None]]] = {}
         self._compiling: set[subprocess.Popen[str]] = set()
         self.ends = False
         make_anew_in_child(self._renew)
         end_at_exit(self._end)
 
-    def library(self, dtype: torch.dtype) -> Future[ctypes.CDLL | None]:
-        """Of the loops for a dtype, begun by whoever asks first."""
-        if (known := self._begun.get(dtype)) is not None:
+    def library(self, kind: Kind) -> Future[ctypes.CDLL | None]:
+        """Of the loops for a dtype or of the coder, begun by whoever asks first."""
+        if (known := self._begun.get(kind)) is not None:
             return known[1]
         with self._lock:
-            if dtype not in self._begun:
+            if kind not in self._begun:
                 result: Future[ctypes.CDLL | None] = Future()
                 thread = threading.Thread(
-                    target=lambda: result.set_result(made(dtype)), name="a3-loops", daemon=True
+                    target=lambda: result.set_result(made(kind)), name="a3-loops", daemon=True
                 )
-                self._begun[dtype] = thread, result
+                self._begun[kind] = thread, result
                 thread.start()
-            return self._begun[dtype][1]
+            return self._begun[kind][1]
 
     @contextlib.contextmanager
     def running(self, process: subprocess.Popen[str]) -> Iterator[None]:
@@ -78,7 +81,7 @@ class Background:
 
     def _renew(self) -> None:
         self._compiling.clear()  # they are the parent's, and so are the threads
-        self._begun = {dtype: each for dtype, each in self._begun.items() if each[1].done()}
+        self._begun = {kind: each for kind, each in self._begun.items() if each[1].done()}
 
     def _end(self) -> None:
         self.ends = True
@@ -91,67 +94,79 @@ class Background:
 BACKGROUND = Background()
 
 
-def library(dtype: torch.dtype, seconds: float | None = 0.0) -> ctypes.CDLL | None:
-    """The compiled loops for states of this dtype; None where there are none, or not yet.
+def library(kind: Kind, seconds: float | None = 0.0) -> ctypes.CDLL | None:
+    """The compiled loops for states of this dtype, or the coder's; None where, or as long as, there
+    are none.
 
     Parameters
     ----------
     seconds : float or None
         How long to wait for them at most; None is as long as it takes.
     """
-    found = BACKGROUND.library(dtype)
+    found = BACKGROUND.library(kind)
     if not found.done():
         wait([found], seconds)
     return found.result() if found.done() else None
 
 
-def made(dtype: torch.dtype) -> ctypes.CDLL | None:
+def made(kind: Kind) -> ctypes.CDLL | None:
     """Found or compiled now; None where they cannot be had, which is logged."""
-    if os.environ.get(SWITCH) == "0" or not _fits_machine(dtype):
+    if os.environ.get(SWITCH) == "0" or not _fits_machine(kind):
         return None
     # Another compiler's OpenMP would bring threads of its own, beside torch's.
     compiler = shutil.which("g++")
     if compiler is None:
         logger.warning(
-            "There is no g++: attention is left to torch, which is slower on this CPU. "
-            "Install one, or set %s=0.",
+            "There is no g++: %s, which is slower on this CPU. Install one, or set %s=0.",
+            _otherwise(kind),
             SWITCH,
         )
         return None
     try:
-        path = _compiled(compiler, _flags(dtype))
+        sources = CODER_SOURCES if kind == CODER else SOURCES
+        path = _compiled(compiler, _flags(kind), sources)
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # sound, but not for this system any more
             path.unlink()
-            return ctypes.CDLL(str(_compiled(compiler, _flags(dtype))))
+            return ctypes.CDLL(str(_compiled(compiler, _flags(kind), sources)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         if BACKGROUND.ends:
             return None
         detail = getattr(error, "stderr", None) or error
-        logger.warning("The native loops cannot be used, so attention is left to torch: %s", detail)
+        logger.warning("The native loops cannot be used, so %s: %s", _otherwise(kind), detail)
         return None
 
 
-def _fits_machine(dtype: torch.dtype) -> bool:
+def _otherwise(kind: Kind) -> str:
+    return f"{'compact chunks are' if kind == CODER else 'attention is'} left to torch"
+
+
+def _fits_machine(kind: Kind) -> bool:
     """Whether the loops were written for it; in bf16 with AMX, torch does other things."""
-    if sys.platform != "linux" or not torch.cpu._is_avx512_supported():
+    if sys.platform != "linux":
+        return False
+    if kind == CODER:
+        return True
+    if not torch.cpu._is_avx512_supported():
         return False
     amx = torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and not amx)
+    return kind == torch.float32 or (kind == torch.bfloat16 and not amx)
 
 
-def _flags(dtype: torch.dtype) -> tuple[str, ...]:
-    if dtype == torch.float32:
+def _flags(kind: Kind) -> tuple[str, ...]:
+    if kind == CODER:
+        return ANY_CPU
+    if kind == torch.float32:
         return (*FLAGS, "-DA3_FP32")
     return (*FLAGS, "-mavx512bf16") if torch.cpu._is_avx512_bf16_supported() else FLAGS
 
 
-def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
+def _compiled(compiler: str, flags: tuple[str, ...], sources: tuple[str, ...] = SOURCES) -> Path:
     here = Path(__file__).parent
     version = _run([compiler, "--version"], ANSWER_S)
     hasher = hashlib.sha256(f"{version} {flags}".encode())
-    for name in SOURCES + HEADERS:
+    for name in sources + HEADERS:
         hasher.update((here / name).read_bytes())
     folder = user_cache_path("a3") / "native"
     path = folder / f"{hasher.hexdigest()[:24]}.so"
@@ -168,7 +183,7 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made, said = Path(scratch) / path.name, Path(scratch) / digest.name
         _run(
-            [compiler, *flags, "-o", str(made), *(str(here / name) for name in SOURCES)], TIMEOUT_S
+            [compiler, *flags, "-o", str(made), *(str(here / name) for name in sources)], TIMEOUT_S
         )
         made.chmod(0o700)
         said.write_text(_sha256(made))

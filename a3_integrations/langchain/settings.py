@@ -13,7 +13,7 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from a3_engine import A3Engine, FusionReport, Precomputed, __version__
-from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
 from a3_engine.errors import ContextOverflowError
@@ -72,18 +72,18 @@ class A3Settings(BaseModel):
     trust_remote_code: bool = Field(default=False, description="Run code from the repository.")
     encode_prefix: str = Field(
         default="template",
-        description="What chunks are computed behind: template, bos, none, or a text.",
+        description="What chunks are computed after: template, bos, none, or a text.",
     )
     stand_in: str | tuple[str, ...] = Field(
         default=AUTO,
-        description="What they are computed behind as well: auto, shipped, none, or passages of "
+        description="What they are computed after as well: auto, shipped, none, or passages of "
         "yours.",
     )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
+        default=DEFAULT_CODEC, description=f"How chunks are stored: {', '.join(CODEC_NAMES)}."
     )
     quality: str | None = Field(
         default=None, description="fast, balanced or exact, in place of selector and ratio."

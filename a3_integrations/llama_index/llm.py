@@ -31,7 +31,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from a3_engine import A3Engine, FusionReport
-from a3_engine.chunks.codecs import DEFAULT_CODEC
+from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
 from a3_engine.chunks.stand_in import AUTO
 from a3_engine.decoding.compression import make_compression
 from a3_engine.engine import PromptLike
@@ -107,18 +107,18 @@ class A3LLM(CallsTools):
     keep: float | None = Field(default=None, gt=0, le=1, description="Share that it leaves.")
     encode_prefix: str = Field(
         default="template",
-        description="What chunks are computed behind: template, bos, none, or a text.",
+        description="What chunks are computed after: template, bos, none, or a text.",
     )
     stand_in: str | tuple[str, ...] = Field(
         default=AUTO,
-        description="What they are computed behind as well: auto, shipped, none, or passages of "
+        description="What they are computed after as well: auto, shipped, none, or passages of "
         "yours.",
     )
     size_limit: int | None = Field(
         default=None, gt=0, description="Bytes of the store; half of the free disk where None."
     )
     codec: str = Field(
-        default=DEFAULT_CODEC, description="How chunks are stored: raw, int8 or int4."
+        default=DEFAULT_CODEC, description=f"How chunks are stored: {', '.join(CODEC_NAMES)}."
     )
     max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")

@@ -12,11 +12,8 @@ from a3_engine.chunks.known import Rolling
 from a3_engine.chunks.text_index import ANCHOR, TextIndex
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.prompt import Chunk, Message, PromptPlanner
+from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
-ASK = "Who keeps the lamp?"
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def test_texts_beyond_ascii_are_found(known):
 
 @pytest.mark.parametrize("at", range(0, len(LAMP), 5))
 def test_one_other_character_is_no_match(known, at):
-    """Changed, missing or added, at the start or far behind the anchor."""
+    """Changed, missing or added, at the start or far after the anchor."""
     text_index = known(LAMP)
     assert found(text_index, f"{LAMP[:at]}#{LAMP[at + 1 :]}") == []
     assert found(text_index, LAMP[:at] + LAMP[at + 1 :]) == []
@@ -152,8 +149,8 @@ def test_the_words_ahead_of_a_found_chunk_ask(known, template):
     given = plans.plan([Message("user", [f"{ASK} ", Chunk(LAMP)])])
     plain = plans.plan([Message("user", f"{ASK} {LAMP}")])
     assert plain.ids == given.ids
-    behind = plans.prefix_ids
-    assert plain.layout(behind).question.tolist() == given.layout(behind).question.tolist()
+    after = plans.prefix_ids
+    assert plain.layout(after).question.tolist() == given.layout(after).question.tolist()
 
 
 @pytest.mark.parametrize("text", [f"{LAMP} {ASK}", f"{ASK} {LAMP}", LAMP, f"{LAMP}{SHORE}", ASK])

@@ -16,8 +16,8 @@ from a3_engine.fusion.cache import FusedCache
 from a3_engine.model.attention import has_window
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt
-from tests.engine.test_exactness import build_prompt
-from tests.engine.test_selectors import turned
+from tests.engine.prompts import build_prompt
+from tests.engine.turning import turned
 from tests.tiny import CONFIGS, tiny_model
 
 SHAPE = ["prefix", "fresh", 19, "fresh", 24, "fresh"]
@@ -35,7 +35,7 @@ def passed(engine: A3Engine, prompt: Prompt, **method) -> tuple[FusedCache, int]
 
 
 def kept(engine: A3Engine, prompt: Prompt, compression) -> list[list[set[int]]]:
-    """By layer and head, the positions that stay behind a full prefill: keys tell them apart."""
+    """By layer and head, the positions that stay after a full prefill: keys tell them apart."""
     cache, token = passed(engine, prompt, selector="full_prefill", compression=compression)
     before = [keys[0].clone() for keys, _ in cache.stored()]
     cache.compressor.compress(engine.runtime.model, cache, token)

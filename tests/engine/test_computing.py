@@ -1,4 +1,4 @@
-"""Where models compute, and what a thread leaves behind."""
+"""Where models compute, and what a thread leaves after."""
 
 from __future__ import annotations
 

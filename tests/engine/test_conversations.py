@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from a3_engine import A3Engine, Chunk, Message
+from a3_engine.chunks.archive import export_chunks
 from a3_engine.conversations import TAG, Conversation
 from a3_engine.fusion.selectors import make_selector
 from a3_engine.method import Method
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.report import FusionReport
 from a3_engine.request import assemble
+from tests.texts import LAMP, SHORE
 from tests.tiny import CHATML, CONFIGS, STRICT, tiny_model, tiny_tokenizer
 
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
 ASKED = ["Who keeps the lamp of the lighthouse, and who kept it before?", "Why so late?"]
 SAID = "The keeper of the harbour does so, every evening and every night."
 WHY = "Why does the lamp burn all night, and what is it that it burns?"
@@ -102,7 +102,7 @@ def test_at_ratio_one_turns_change_nothing(tiny_engine, architecture):
 
 
 def test_what_opens_a_prompt_is_exact_there(tiny_engine):
-    """The system prompt is computed behind the template's own words, which never change."""
+    """The system prompt is computed after the template's own words, which never change."""
     engine = tiny_engine()
     messages = [Message("system", f"{SAID} {WHY}"), *talk(ASKED[0], SAID, WHY)[1:]]
     told(engine, messages)
@@ -218,6 +218,23 @@ def test_turns_go(tiny_engine, how):
     assert how == "command" or engine.stats().entries >= kept
     engine.runtime.prefix_cache.clear()
     assert told(engine, messages).history_tokens == 0
+
+
+def test_turns_stay_on_this_machine(tiny_engine, tmp_path):
+    """A shared store has none of them, nor has an archive unless it is asked for their tag."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    engine = tiny_engine(store=f"file://{shared}")
+    report = told(engine, talk(ASKED[0], SAID, WHY))
+    local = engine.runtime.store.local
+    turns = {row.key for row, _ in local.entries() if report.conversation in row.tags}
+    assert len(turns) == 2
+    names = [path.name for path in shared.rglob("*") if path.is_file()]
+    assert names
+    assert not any(key in name for key in turns for name in names)
+    every, own = tmp_path / "every.tar", tmp_path / "own.tar"
+    assert export_chunks(local, every) == local.stats().entries - 2
+    assert export_chunks(local, own, report.conversation) == 2
 
 
 def test_what_is_old_is_not_read_before_it_is_removed(tiny_engine):

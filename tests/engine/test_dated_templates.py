@@ -9,7 +9,8 @@ import torch
 from transformers.utils import chat_template_utils
 
 from a3_engine import A3Engine
-from tests.engine.test_exactness import full_prefill, fused_logits
+from tests.engine.prompts import full_prefill, fused_logits
+from tests.texts import ASK
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 # As Llama 3.1's and 3.2's: a date may be given, else it is today's.
@@ -21,7 +22,6 @@ CHUNKS = [
     "The lamp of the lighthouse burns through the night.",
     "The northern shore is steep, and few boats land there.",
 ]
-ASK = "Who keeps the lamp?"
 
 
 @pytest.fixture

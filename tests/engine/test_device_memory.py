@@ -6,9 +6,7 @@ import torch
 from a3_engine import Chunk, assembly
 from a3_engine.chunks.resident import Resident
 from a3_engine.kv import ChunkKV
-
-LAMP = "The lamp of the lighthouse burns through the night."
-ASK = "Who keeps the lamp?"
+from tests.texts import ASK, LAMP
 
 
 def chunk(n_tokens: int) -> ChunkKV:

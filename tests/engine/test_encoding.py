@@ -16,21 +16,22 @@ from a3_engine.fusion.encoding import (
     BATCH_ROWS,
     CPU_BATCH_ROWS,
     LEAST_FILLED,
+    STEP,
     batches,
     encode_chunks,
 )
 from tests.tiny import CONFIGS, VOCABULARY
 
 
-@pytest.mark.parametrize("behind", [True, False], ids=["behind a prefix", "alone"])
+@pytest.mark.parametrize("after", [True, False], ids=["after a prefix", "alone"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, behind):
+def test_a_chunk_among_others_is_the_chunk_alone(tiny_engine, name, after):
     engine = tiny_engine(name)
     rng = random.Random(3)
     rotation, decoder = engine.runtime.gate.rotation, engine.runtime.model.get_decoder()
     chunks = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (17, 20, 18, 1)]
     prefix = (
-        encode_chunks(decoder, rotation, [engine.runtime.planner.prefix_ids])[0] if behind else None
+        encode_chunks(decoder, rotation, [engine.runtime.planner.prefix_ids])[0] if after else None
     )
     together = encode_chunks(decoder, rotation, chunks, prefix)
     for ids, one in zip(chunks, together, strict=True):
@@ -53,6 +54,19 @@ def test_batches_hold_everything_once_and_are_well_filled(device, most):
         assert min(ours) >= LEAST_FILLED * max(ours)
     assert len(found) < len(items)
     assert list(batches([], [], torch.device(device))) == []
+
+
+def test_any_lengths_make_few_shapes(tiny_engine):
+    """What is kept for each shape would grow with a corpus."""
+    engine = tiny_engine()
+    rotation, decoder = engine.runtime.gate.rotation, engine.runtime.model.get_decoder()
+    widths = set()
+    hook = decoder.layers[0].register_forward_pre_hook(lambda _, args: widths.add(args[0].shape[1]))
+    for length in range(1, 97):
+        (kv,) = encode_chunks(decoder, rotation, [[5] * length])
+        assert kv.n_tokens == length
+    hook.remove()
+    assert widths == set(range(STEP, 97, STEP))
 
 
 def test_threads_that_ingest_overlapping_batches_compute_each_chunk_once(tiny_engine, monkeypatch):

@@ -100,10 +100,10 @@ def test_the_needle_stands_whole_at_its_depth(needles, chunker):
         (place,) = (i for i, p in enumerate(example.passages) if needle.sentence in p.text)
         context = words(example)
         assert 0.7 * example.labels["length"] < chunker.count(context) <= example.labels["length"]
-        before, behind = context.split(needle.sentence)
-        depth = len(before) / (len(before) + len(behind))
-        longest = max(len(sentence) for sentence in re.split(r"(?<=[.!?]) ", before + behind))
-        assert abs(depth - example.labels["depth"] / 100) <= longest / len(before + behind)
+        before, after = context.split(needle.sentence)
+        depth = len(before) / (len(before) + len(after))
+        longest = max(len(sentence) for sentence in re.split(r"(?<=[.!?]) ", before + after))
+        assert abs(depth - example.labels["depth"] / 100) <= longest / len(before + after)
         assert place == 0 or example.labels["depth"] > 0
 
 

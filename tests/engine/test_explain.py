@@ -11,10 +11,10 @@ import pytest
 
 from a3_engine import Chunk, FusionReport, Message
 from a3_engine.explain import COLOUR
+from tests.texts import ASK
 
 LAMP = "The lamp of the lighthouse burns through the night — 夜通し 🙂 naïve."
 SHORE = "The <b>northern</b> shore is steep & few boats land there."
-ASK = "Who keeps the lamp?"
 
 
 class Shown(HTMLParser):

@@ -12,13 +12,8 @@ from a3_engine.fusion.selectors import SELECTORS, make_selector
 from a3_engine.model.packing import pack
 from a3_engine.model.probe import TEXT
 from a3_engine.segments import Segment
-from tests.engine.test_exactness import (
-    build_prompt,
-    full_prefill,
-    fused_logits,
-    independent_full_reuse,
-)
-from tests.engine.test_turns import extended, follow_up_logits
+from tests.engine.follow_ups import extended, follow_up_logits
+from tests.engine.prompts import build_prompt, full_prefill, fused_logits, independent_full_reuse
 from tests.survey.looking import build, look
 from tests.tiny import tiny_tokenizer
 

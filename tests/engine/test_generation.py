@@ -13,10 +13,7 @@ import torch
 
 from a3_engine import A3Engine, Chunk, ContextOverflowError, Message
 from tests.engine.conftest import NEVER
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
-ASK = "Who keeps the lamp?"
+from tests.texts import ASK, LAMP, SHORE
 
 
 def workers() -> list[threading.Thread]:

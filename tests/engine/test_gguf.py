@@ -137,7 +137,7 @@ def test_another_file_of_the_same_name_is_another_model(file, tmp_path):
 
 @pytest.mark.parametrize("broken", ["garbage", "empty", "half", "head"])
 def test_a_broken_file_says_so(file, tmp_path, broken):
-    """And leaves nothing behind."""
+    """And leaves nothing after."""
     content = file.read_bytes()
     kept = {"garbage": b"no model at all" * 10, "empty": b"", "half": content[: len(content) // 2]}
     file.write_bytes(kept.get(broken, content[:21]))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from a3_engine import A3Engine, A3Error, Chunk, ContextOverflowError, Message
 from a3_engine.decoding.sampling import Sampling
 from a3_engine.decoding.text_emitter import TextEmitter
-from tests.engine.test_requests import ASK, LAMP, SHORE
+from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import tiny_tokenizer
 
 REFUSALS = (TypeError, ValueError, A3Error)

@@ -19,7 +19,7 @@ from a3_engine.fusion.correction import Corrector, KVCorrection
 from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.rotary import Rotation, rotate_
-from tests.engine.test_exactness import build_prompt
+from tests.engine.prompts import build_prompt
 from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")

@@ -9,9 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from a3_engine.decoding.logprobs import RecordLogprobs
 from a3_engine.tools import json_grammar
-
-ASK = "Who keeps the lamp?"
-LAMP = "The lamp of the lighthouse burns through the night."
+from tests.texts import ASK, LAMP
 
 
 def log_probabilities(engine, report, ids):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from a3_engine import A3Engine
 from a3_engine.fusion.layer_pruning import LayerPruning
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.layout import Layout, Span
-from a3_engine.model.cache_argument import with_cache
 from a3_engine.model.masks import RowMask
-from tests.engine.test_exactness import build_prompt
+from tests.engine.passes import run
+from tests.engine.prompts import build_prompt
 from tests.tiny import CONFIGS
 
 SHAPE = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
@@ -21,15 +20,6 @@ RATIO, SHARE = 0.5, 0.4
 def at_layer(n_layers: int, layer: int) -> float:
     """A depth that becomes this layer."""
     return (layer - 0.5) / n_layers
-
-
-def run(engine: A3Engine, prompt, selector: Mend, observer=None):
-    _, cache = engine.prepare(prompt, selector=selector)
-    cache.fusion.observer = observer
-    model = engine.runtime.model
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([prompt.ids]), **with_cache(model, cache))
-    return cache
 
 
 def attended_by(query, key, rows, question, scaling) -> torch.Tensor:

@@ -7,8 +7,8 @@ from a3_engine.fusion.selectors.mend import LEAST_SHARE, Mend
 from a3_engine.layout import Layout, Span
 from a3_engine.model.attention import attend_rows
 from a3_engine.model.masks import LocalGlobal, RowMask
-from tests.engine.test_exactness import build_prompt
-from tests.engine.test_narrowing import run
+from tests.engine.passes import run
+from tests.engine.prompts import build_prompt
 from tests.tiny import CONFIGS
 
 SHAPE = ["prefix", "fresh", 150, "fresh", 140, "fresh"]
@@ -84,7 +84,7 @@ def test_long_tokens_are_counted():
 
 
 def test_all_attend_to_what_the_question_attends_to_most_exact_or_not():
-    """A first chunk just behind what it was computed behind is never picked, but it is seen."""
+    """A first chunk just after what it was computed after is never picked, but it is seen."""
     chunks = (Span(4, 40, exact=36), Span(40, 80), Span(80, 120))
     fresh = torch.cat([torch.arange(4), torch.arange(120, 124)])
     layout = Layout(124, chunks, 4, fresh, question=torch.arange(120, 124))

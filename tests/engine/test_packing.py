@@ -13,7 +13,7 @@ from a3_engine import A3Engine
 from a3_engine.chunks.fingerprint import model_fingerprint
 from a3_engine.model.loading import load_model
 from a3_engine.model.packing import PackedLinear, pack
-from tests.engine.test_gate import build
+from tests.engine.models import build
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 PACKS = {

@@ -16,7 +16,7 @@ import torch
 import a3_engine
 from a3_engine.processes import Lock, cached_property, make_anew_in_child
 from tests.engine.conftest import LONG
-from tests.engine.test_requests import ASK, LAMP, SHORE
+from tests.texts import ASK, LAMP, SHORE
 
 START = """
 import os, signal, sys, threading, time

@@ -22,7 +22,7 @@ from a3_engine.kv import ChunkKV
 from a3_engine.layout import Layout, Span
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.model.rotary import Rotation
-from tests.engine.test_exactness import build_prompt, independent_full_reuse
+from tests.engine.prompts import build_prompt, independent_full_reuse
 from tests.tiny import CONFIGS, tiny_model
 
 SHAPE = ["prefix", "fresh", 9, "fresh", 14, "fresh"]
@@ -69,8 +69,8 @@ def test_mend_takes_what_any_word_of_the_question_attends_to(tiny_engine, name):
     by_token = eager_question_attention(engine, name, prompt)
     scores = by_token[: -(-len(by_token) // 3)].amax(1).mean(0)
     for span in prompt.layout(()).chunks:
-        for behind, position in enumerate(range(span.start, span.stop)):
-            scores[position] *= 1 + 2 * math.exp(-behind / 8)
+        for after, position in enumerate(range(span.start, span.stop)):
+            scores[position] *= 1 + 2 * math.exp(-after / 8)
     _, cache = engine.prepare(prompt, selector="mend", ratio=0.4)
     candidates = prompt.layout(()).chunk_positions.tolist()
     ranked = sorted(candidates, key=lambda position: -float(scores[position]))
@@ -171,7 +171,7 @@ def test_drift_follows_the_most_similar_probes(strength, size):
 
 
 def test_the_rest_of_a_first_chunk_follows_its_head():
-    """Token by token: a mean of the head's moves, by the similarity of values behind the stand-in.
+    """Token by token: a mean of the head's moves, by the similarity of values after the stand-in.
 
     Keys are stored without position, so that no move is turned.
     """
@@ -229,7 +229,7 @@ def test_the_head_moves_the_rest_of_its_chunk_alone(tiny_engine, name, monkeypat
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_mend_leaves_exact_chunks_alone(tiny_engine, name):
-    """A chunk just behind its prefix is neither picked nor moved."""
+    """A chunk just after its prefix is neither picked nor moved."""
     engine = tiny_engine(name)
     prompt = build_prompt(engine, ["prefix", 12, 15, "fresh"])
     _, before = engine.prepare(prompt, selector="full_reuse")

@@ -13,11 +13,8 @@ import torch
 
 import a3_engine.fusion.encoding as encoding_module
 from a3_engine import A3Engine, Chunk, Message, Precomputed
+from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import CHATML, STRICT, tiny_model, tiny_tokenizer
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
-ASK = "Who keeps the lamp?"
 
 
 @pytest.fixture
@@ -91,7 +88,7 @@ def test_a_report_can_be_read(tiny_engine):
 
 
 def test_a_chunk_that_several_threads_miss_is_computed_once(tiny_engine, encoded):
-    """So is the prefix that they all stand behind."""
+    """So is the prefix that they all stand after."""
     engine = tiny_engine()
     engine.runtime  # noqa: B018  loaded
     start = threading.Barrier(4)

@@ -39,7 +39,7 @@ def test_the_weights_are_those_of_the_models_linear_layers(name):
 
 
 def test_a_prompt_fed_token_by_token_does_exactly_the_counted_work():
-    """Each step then attends to no key behind its own, as a full prefill ideally does."""
+    """Each step then attends to no key after its own, as a full prefill ideally does."""
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     ids, cache = list(range(5, 25)), DynamicCache()

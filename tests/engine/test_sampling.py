@@ -7,9 +7,7 @@ import torch
 
 from a3_engine import Message
 from a3_engine.decoding.sampling import draw
-
-LAMP = "The lamp of the lighthouse burns through the night."
-ASK = "Who keeps the lamp?"
+from tests.texts import ASK, LAMP
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

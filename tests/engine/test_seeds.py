@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.engine.test_requests import ASK, LAMP, SHORE
+from tests.texts import ASK, LAMP, SHORE
 
 DRAWN = {"temperature": 1.0, "max_new_tokens": 12}
 ASKED = [ASK, f"{LAMP} {ASK}", f"{SHORE} {ASK}", ASK]

@@ -12,10 +12,8 @@ from transformers import DynamicCache
 from a3_engine.decoding import graphs
 from a3_engine.model.batch_cache import step
 from a3_engine.model.cache_argument import with_cache
+from tests.texts import LAMP, SHORE
 from tests.tiny import CONFIGS, VOCABULARY
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -12,8 +12,8 @@ from a3_engine.fusion.selectors.samkv import SamKV
 from a3_engine.model.attention import has_window
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.segments import Prompt
-from tests.engine.test_exactness import build_prompt
-from tests.engine.test_selectors import PARAGRAPHS, QUESTION, turned
+from tests.engine.prompts import build_prompt
+from tests.engine.turning import PARAGRAPHS, QUESTION, turned
 from tests.tiny import CONFIGS, tiny_model
 
 SHAPE = ["prefix", 40, "fresh", 33, 48, "fresh"]

@@ -15,7 +15,7 @@ from a3_engine.chunks.fingerprint import chunk_key
 from a3_engine.chunks.stand_in import PASSAGES
 from a3_engine.model.cache_argument import OURS, with_cache
 from a3_engine.segments import Segment
-from tests.engine.test_exactness import (
+from tests.engine.prompts import (
     SHAPES,
     build_prompt,
     full_prefill,
@@ -29,7 +29,7 @@ OTHER = ["Given the context."]
 TEXTS = ["The lighthouse stands.", "Its lamp burns through the night.", "The keeper answers."]
 
 
-def behind(engine: A3Engine, passages: list[str]) -> tuple[int, ...]:
+def after(engine: A3Engine, passages: list[str]) -> tuple[int, ...]:
     """Ids of passages as they stand in a prompt."""
     planner, ids = engine.runtime.planner, []
     for text in passages:
@@ -48,7 +48,7 @@ def stored(engine: A3Engine, text: str):
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("shape", ["many chunks", "no prefix"])
 def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monkeypatch):
-    """All recomputed: the full prefill. None: chunks computed behind prefix and stand-in, but for
+    """All recomputed: the full prefill. None: chunks computed after prefix and stand-in, but for
     the head of the one that opens the prompt.
     """
     monkeypatch.setattr(library_module, "HEAD_TOKENS", 6)
@@ -58,7 +58,7 @@ def test_both_ends_of_the_ratio_are_exact(tiny_engine, architecture, shape, monk
     for selector in ("mend", "a3"):
         ours = fused_logits(engine, prompt, selector, 1.0)
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
-    passages = behind(engine, STAND_IN)
+    passages = after(engine, STAND_IN)
     reused = independent_full_reuse(engine, engine.runtime.model, prompt, passages).logits[0, -1]
     miss = fused_logits(engine, prompt, "full_reuse", 0.0)
     torch.testing.assert_close(miss, reused, atol=1e-3, rtol=0)
@@ -105,7 +105,7 @@ def test_heads_leave_with_their_documents(tiny_engine):
     engine.generate("Who?", chunks=TEXTS, max_new_tokens=2)
     assert engine.evict("document") == 2 * len(TEXTS)
     left = [row.tags for row, _ in engine.runtime.store.entries()]
-    assert len(left) == 2  # the prefix, and the stand-in behind it
+    assert len(left) == 2  # the prefix, and the stand-in after it
 
 
 def test_stores_with_different_stand_ins_never_serve_each_other(tiny_engine, tmp_path):
@@ -169,7 +169,7 @@ def test_a_chunk_too_long_for_both_is_computed_without(tiny_engine, architecture
     planner, library = engine.runtime.planner, engine.runtime.library
     left = room - len(planner.prefix_ids) - len(planner.stand_in_ids)
     fits, longer = (Segment("chunk", tuple([7] * n)) for n in (left, left + 1))
-    assert library.context_ids(fits) == planner.prefix_ids + behind(engine, STAND_IN)
+    assert library.context_ids(fits) == planner.prefix_ids + after(engine, STAND_IN)
     assert library.context_ids(longer) == planner.prefix_ids
     assert library.header(fits).stand_in == library.stand_in
     assert library.header(longer) == off.runtime.library.header(longer)
@@ -212,7 +212,7 @@ def test_sparse_methods_look_from_behind_it_too(tiny_engine, monkeypatch):
     monkeypatch.setattr(local, "get", recording)
     prompt = engine.plan("Who keeps the lamp?", TEXTS)
     assert engine.generate(prompt, selector="samkv", max_new_tokens=2).report.fused
-    assert asked == [planner.prefix_ids + behind(engine, STAND_IN)] * len(TEXTS)
+    assert asked == [planner.prefix_ids + after(engine, STAND_IN)] * len(TEXTS)
 
 
 @pytest.mark.parametrize("wrong", ["a passage on its own", "", ["text", "  "], [3]])
@@ -236,7 +236,7 @@ def test_the_report_names_it(tiny_engine):
 @pytest.mark.real_model
 def test_the_shipped_one_is_on_by_default(demo_engine):
     planner = demo_engine.runtime.planner
-    assert planner.stand_in_ids == behind(demo_engine, list(PASSAGES))
+    assert planner.stand_in_ids == after(demo_engine, list(PASSAGES))
     lengths = [len(planner.chunk_ids(text)) for text in PASSAGES]
     assert len(lengths) == 4
     assert all(100 <= n <= 170 for n in lengths)

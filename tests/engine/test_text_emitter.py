@@ -72,7 +72,7 @@ def emitted(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str,
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_the_pieces_are_the_text(kind, text):
-    """Characters split over tokens arrive whole; blanks behind line breaks are kept."""
+    """Characters split over tokens arrive whole; blanks after line breaks are kept."""
     tokenizer = TOKENIZERS[kind]()
     ids = tokenizer(TEXTS[text], add_special_tokens=False).input_ids
     pieces, emitter = emitted(tokenizer, ids)
@@ -108,9 +108,9 @@ def test_text_comes_as_soon_as_it_is_certain(kind):
 def test_stop_strings_end_the_text_and_never_show(kind, stop):
     """Not even their beginning, however many tokens or lines they take."""
     tokenizer = TOKENIZERS[kind]()
-    before, behind = "one tw\nE EN eEN\nEN two\n🙁", f"{stop} and more {stop}"
-    ids = tokenizer(before + behind, add_special_tokens=False).input_ids
-    text = before + behind
+    before, after = "one tw\nE EN eEN\nEN two\n🙁", f"{stop} and more {stop}"
+    ids = tokenizer(before + after, add_special_tokens=False).input_ids
+    text = before + after
     expected = text[: text.index(stop)]
     pieces, emitter = emitted(tokenizer, ids, (stop, "never seen"))
     assert emitter.stopped

@@ -14,9 +14,9 @@ from a3_engine.messages import Chunk, Message, ToolCall
 from a3_engine.prompt import PromptPlanner
 from a3_engine.schemas import without_references
 from a3_engine.tools import MARKS, CallReader, call_grammar, json_grammar
+from tests.texts import LAMP
 from tests.tiny import CHATML, STRICT, tiny_tokenizer
 
-LAMP = "The lamp of the lighthouse burns through the night."
 TOOL = {
     "type": "function",
     "function": {

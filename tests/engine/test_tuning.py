@@ -17,9 +17,9 @@ from a3_engine.evaluation import tuning
 from a3_engine.evaluation.tuning import Tuner, make_examples
 from a3_engine.fusion.selectors.mend import Mend
 from a3_engine.profile import Profile, profile_path, read_profile, write_profile
+from tests.texts import LAMP
 from tests.tiny import SHAPE, STAND_IN, tiny_model, tiny_tokenizer
 
-LAMP = "The lamp of the lighthouse burns through the night."
 OWN = Profile(("Harbour\nTwo boats lie there.",), 0.4, 0.5)
 LONG = LlamaConfig(**{**SHAPE, "max_position_embeddings": 4096})
 

@@ -12,16 +12,12 @@ from transformers import DynamicCache
 from a3_engine import A3Engine, Chunk, Message
 from a3_engine.fusion.prefix_cache import PrefixCache
 from a3_engine.fusion.selectors import SELECTORS, make_selector
-from a3_engine.method import Method
 from a3_engine.model.cache_argument import with_cache
-from a3_engine.report import FusionReport
-from a3_engine.request import assemble
 from a3_engine.segments import Prompt, Segment
+from tests.engine.follow_ups import extended, follow_up_logits
+from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import CONFIGS
 
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
-ASK = "Who keeps the lamp?"
 CHUNKS = ["Read: ", Chunk(LAMP), "\n\n", Chunk(SHORE), f"\n\n{ASK}"]
 EXACT = ["full_prefill", "mend"]  # what a method leaves exact: all of it at ratio 1.0
 
@@ -30,35 +26,12 @@ def first_turn() -> list[Message]:
     return [Message("user", CHUNKS)]
 
 
-def extended(engine: A3Engine, prompt: Prompt, more: list[Segment]) -> Prompt:
-    """The prompt, the answer that was kept for it, and new segments."""
-    (turn,) = (
-        t for t in engine.runtime.prefix_cache._prefixes if list(t.ids[: t.n_prompt]) == prompt.ids
-    )
-    answer = Segment("fresh", turn.ids[turn.n_prompt :])
-    segments = (*prompt.segments, answer, *more)
-    return Prompt(segments, len(segments) - 1)
-
-
 def fresh(engine: A3Engine, text: str) -> Segment:
     return Segment("fresh", engine.runtime.planner.tokenize_text(text))
 
 
 def chunk(engine: A3Engine, text: str) -> Segment:
     return Segment("chunk", engine.runtime.planner.chunk_ids(text), text)
-
-
-def follow_up_logits(engine: A3Engine, prompt: Prompt, selector, *, reuse: bool) -> torch.Tensor:
-    turn, reused = engine.runtime.prefix_cache.find(prompt.ids, selector) if reuse else (None, 0)
-    assert (reused > 0) == reuse
-    cache = assemble(
-        engine.runtime, prompt, Method(selector), 0, FusionReport(), prefix=turn, reused=reused
-    ).cache
-    with torch.inference_mode():
-        ids = torch.tensor([prompt.ids])
-        return engine.runtime.model(
-            input_ids=ids, **with_cache(engine.runtime.model, cache)
-        ).logits[0, -1]
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

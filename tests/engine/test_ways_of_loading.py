@@ -24,13 +24,13 @@ from a3_engine.chunks import fingerprint
 from a3_engine.chunks.fingerprint import model_fingerprint
 from a3_engine.errors import ModelLoadError
 from a3_engine.model.loading import load_model
+from tests.texts import ASK
 from tests.tiny import SHAPE, rope, tiny_model, tiny_tokenizer
 
 CHUNKS = [
     "The lamp of the lighthouse burns through the night.",
     "The northern shore is steep, and few boats land there.",
 ]
-ASK = "Who keeps the lamp?"
 PIXELS = {"hidden_size": 32, "intermediate_size": 48}
 VISION = {**PIXELS, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
 PIXTRAL = {**PIXELS, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}

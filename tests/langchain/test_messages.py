@@ -17,9 +17,7 @@ from langchain_core.messages import (
 from a3_engine import Chunk, Message
 from a3_integrations.langchain.documents import cut, from_blocks, to_blocks
 from a3_integrations.langchain.messages import to_engine
-
-LAMP = "The lamp of the lighthouse burns through the night."
-SHORE = "The northern shore is steep, and few boats land there."
+from tests.texts import LAMP, SHORE
 
 
 def plain(text: str, **more) -> dict:

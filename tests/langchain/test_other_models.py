@@ -1,4 +1,4 @@
-"""What other models, middleware and stores leave behind: histories, options, ids, artifacts."""
+"""What other models, middleware and stores leave after: histories, options, ids, artifacts."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_chain_without_documents_or_words_answers(llm):
 
 
 def test_documents_are_known_when_they_come_back_as_plain_values(llm):
-    """From a checkpoint, behind an interrupt."""
+    """From a checkpoint, after an interrupt."""
     document = Document(page_content=TEXT, metadata={"source": "a"}, id="1")
     for artifact in ([document], [document.model_dump()]):
         message = ToolMessage(f"Found:\n{TEXT}", tool_call_id="1", artifact=artifact)

@@ -141,7 +141,7 @@ EXPECTED = [(call.name, dict(call.arguments)) for call in CALLED]
 @pytest.mark.parametrize("special", [True, False], ids=["control tokens", "plain tokens"])
 @pytest.mark.parametrize("notation", MARKED)
 def test_calls_are_read_in_every_notation(scripted, notation, special):
-    """Two calls behind words; one of them where a single one is asked for."""
+    """Two calls after words; one of them where a single one is asked for."""
     said = "I look. " + "".join(MARKED[notation])
     llm = scripted(said, said, special=special)
     assert called(llm, llm.chat_with_tools(TOOLS, "Who?")) == EXPECTED[:1]

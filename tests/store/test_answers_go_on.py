@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from a3_engine import Chunk, StoreOptions
+from a3_engine import A3Engine, Chunk, StoreOptions
 from a3_engine.chunks.tiers import open_store
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli import main
@@ -25,6 +25,8 @@ from a3_integrations.llama_index import A3LLM, A3Synthesizer
 from tests.engine.conftest import LONG
 from tests.store.servers import peer
 from tests.store.stored import header, holds, payload, payloads
+from tests.store.test_faults import small_disk
+from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 LAMP = "The lamp of the lighthouse burns through the night, and the keeper sleeps at noon."
 SHORE = "The northern shore is steep, and few boats land there before the ice is broken."
@@ -115,6 +117,22 @@ def test_the_synthesizer_waits_for_no_lock(tiny_engine, tmp_path, lock):
         with at_most(5 * PATIENCE):
             assert asyncio.run(ask(LAMP, SHORE)) < 0.7 * PATIENCE
         assert [use.text for use in engine.runtime.reports[-1].chunks] == [LAMP, SHORE]
+
+
+def test_the_synthesizer_answers_on_a_full_disk(tmp_path):
+    with small_disk(tmp_path / "small", 2**20) as disk:
+        engine = A3Engine.from_pretrained(
+            tiny_model(LONG), tiny_tokenizer(), cache_dir=disk, stand_in=STAND_IN
+        )
+        engine.precompute([LAMP], progress=False)
+        synthesizer = A3Synthesizer(A3LLM(engine=engine, max_new_tokens=3))
+        expected = synthesizer.synthesize(ASK, nodes(LAMP)).response
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        assert synthesizer.synthesize(ASK, nodes(LAMP)).response == expected
+        assert engine.runtime.reports[-1].hits == 1
+        engine.close()
 
 
 def test_nothing_is_written_for_a_hit(tiny_engine, tmp_path):

@@ -205,8 +205,8 @@ def test_warm_computes_a_folder_once(tmp_path, capsys):
     }
     store.close()
     (tmp_path / "stand_in.txt").write_text("The lamp.\n\nA keeper.\n", encoding="utf-8")
-    behind = ["--stand-in", tmp_path / "stand_in.txt"]
-    assert run(*arguments, *behind) == 0
+    after = ["--stand-in", tmp_path / "stand_in.txt"]
+    assert run(*arguments, *after) == 0
     assert "5 chunks computed, 0 were stored" in capsys.readouterr().out
     engine = A3Engine.from_pretrained(
         tmp_path / "model",

@@ -15,7 +15,7 @@ from a3_engine.chunks.known import About
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli import main
 from tests.store.stored import header, holds, payload
-from tests.store.test_faults import small_disk
+from tests.store.troubles import small_disk
 
 TABLES = ("Cache", "Settings", "Tags", "Texts", "Evictions", "Removals")
 LAMP = "The lamp of the lighthouse burns through the night, and the keeper sleeps at noon."

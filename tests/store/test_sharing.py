@@ -123,7 +123,7 @@ def test_no_more_is_read_from_redis_than_a_chunk_can_have(tmp_path):
 )
 @pytest.mark.usefixtures("socket_enabled")
 def test_a_redis_that_floods_is_left(start, more):
-    """Whatever it claims to send: reading ends, also behind the call's deadline."""
+    """Whatever it claims to send: reading ends, also after the call's deadline."""
     from tests.store.servers import peer
 
     def serve(connection) -> None:

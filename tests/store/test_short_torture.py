@@ -62,4 +62,5 @@ def test_damaged_indexes_stop_no_answer(memory_path):
 
 
 def test_killed_ingestion_loses_nothing(memory_path):
-    assert kills.kill_ingestion(memory_path, 20, time.monotonic() + 5)["kills"] > 2
+    counts = kills.kill_ingestion(memory_path, 20, time.monotonic() + 5)
+    assert min(counts["kills"], counts["reported"]) > 2

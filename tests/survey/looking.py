@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from a3_engine import A3Engine
 from a3_engine.errors import shortened
 from a3_engine.segments import Prompt
-from tests.engine.test_exactness import build_prompt, fused_logits, independent_full_reuse
+from tests.engine.prompts import build_prompt, fused_logits, independent_full_reuse
 from tests.survey.configurations import CONFIGURATIONS
 from tests.tiny import strengthened, tiny_tokenizer
 

@@ -13,9 +13,9 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from a3_engine import A3Engine, A3Error
 from a3_integrations import langchain, llama_index
 from tests.engine.test_hostile import ODD
+from tests.texts import LAMP
 
 REFUSALS = (TypeError, ValueError, A3Error)
-LAMP = "The lamp of the lighthouse burns through the night."
 ASK = "Who sleeps?"
 TOOL = {
     "type": "function",

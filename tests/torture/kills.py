@@ -18,20 +18,25 @@ from tests.engine.test_gguf import small_file
 from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 
 ASK = "Which lamp burns?"
-LONGEST_S = 0.4  # that a program lives
+LONGEST_S, LONGEST_WAIT_S = 0.4, 20.0  # that a program lives; before, until it works
 
 
 def _text(number: int) -> str:
     return f"Document {number} says that lamp {number * 7} burns through night {number * 13}."
 
 
-def _killed(work: Callable[[], None], rng: random.Random) -> None:
-    """Begin some work in a process of its own, and kill it somewhere."""
+def _killed(
+    work: Callable[[], None], rng: random.Random, works: Callable[[], bool] = lambda: True
+) -> None:
+    """Begin some work in a process of its own, and kill it somewhere once it ``works``."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             work()
         os._exit(0)
+    patience = time.monotonic() + LONGEST_WAIT_S
+    while not works() and time.monotonic() < patience:
+        time.sleep(0.005)
     time.sleep(rng.uniform(0.0, LONGEST_S))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -57,7 +62,13 @@ def kill_ingestion(folder: Path, kills: int, until: float) -> Counter[str]:
 
     while counts["kills"] < kills and time.monotonic() < until:
         engine.close()  # as a program that starts anew
-        _killed(lambda: ingest_and_evict(1000 * counts["kills"] + 10), rng)
+        reported = os.fstat(record).st_size
+        _killed(
+            lambda: ingest_and_evict(1000 * counts["kills"] + 10),
+            rng,
+            # Every other one is killed at any time, also while it opens the store.
+            lambda: counts["kills"] % 2 == 0 or os.fstat(record).st_size > reported,  # noqa: B023
+        )
         counts["kills"] += 1
     lines = (folder / "reported").read_text().split()
     stored, begun, evicted = ({line[1:] for line in lines if line[0] == sign} for sign in "+?-")

@@ -20,6 +20,7 @@ from tests.torture.crowd import crowd
 from tests.torture.endurance import endure
 from tests.torture.fuzz import fuzz_payloads, fuzz_store
 from tests.torture.hour import hour
+from tests.torture.ingestion import ingest
 
 DURATION = float(os.environ.get("DURATION", "600"))
 pytestmark = pytest.mark.torture
@@ -59,13 +60,17 @@ def test_endurance(tmp_path, until, say):
     say("endurance", endure(tmp_path, 10_000, until))
 
 
+def test_ingestion(tmp_path, until, say):
+    say("ingestion", ingest(tmp_path, 20_000, until))
+
+
 def test_the_hour(tmp_path, say):
     say("hour", hour(tmp_path, DURATION, print))
 
 
 def test_the_index_locked_for_half_a_minute(tmp_path: Path, say):
     """Reads go on meanwhile; a write fails after its wait, and works when the lock is gone."""
-    from tests.store.test_faults import locked_index
+    from tests.store.troubles import locked_index
 
     say("lock", locked_index(tmp_path, seconds=30.0, patience=20.0))
 
@@ -97,7 +102,7 @@ def test_damaged_indexes(tmp_path, say):
 
 
 def test_killed_ingestion_and_eviction(tmp_path, until, say):
-    say("ingestion", kills.kill_ingestion(tmp_path, 500, until))
+    say("kills", kills.kill_ingestion(tmp_path, 500, until))
 
 
 def test_killed_unpacking(tmp_path, until, say):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.chunks.codecs.base import FixedCodec, Spec, Tensors
 from a3_engine.kv import ChunkKV, Shape
 
 GROUP = 32
 STEPS = 15
 
 
-class Int4:
+class Int4(FixedCodec):
     """Groups of 32 tokens of one channel (keys) or 32 channels of one token (values).
 
     Each group has its least value and its step in bf16; two elements share a byte.

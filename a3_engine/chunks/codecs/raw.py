@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.chunks.codecs.base import FixedCodec, Spec, Tensors
 from a3_engine.kv import ChunkKV, Shape
 
 
-class Raw:
+class Raw(FixedCodec):
     """Keys and values as they are."""
 
     name = "raw"

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from a3_engine.chunks.codecs.base import Spec, Tensors
+from a3_engine.chunks.codecs.base import FixedCodec, Spec, Tensors
 from a3_engine.kv import ChunkKV, Shape
 
 TOKENS, CHANNELS = 2, 3  # axes of (layers, kv_heads, tokens, head_dim)
 AXES = {"keys": TOKENS, "values": CHANNELS}  # what one scale is shared along
 
 
-class ScaledCodec:
+class ScaledCodec(FixedCodec):
     """Symmetric, with fp32 scales: keys by channel, values by token.
 
     ``cells`` is the dtype of an element, ``top`` its largest value.
     """
 
-    name: str
-    tolerance: float
     cells: torch.dtype
     top: float
 

@@ -30,7 +30,7 @@ DAMAGED = (
 )
 
 
-def is_damage(error: Exception) -> bool:
+def is_damage(error: BaseException | None) -> bool:
     """Whether sqlite says that the file itself is at fault, not that it cannot be had now."""
     # The extended code's lowest byte is the code that it extends.
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in DAMAGED

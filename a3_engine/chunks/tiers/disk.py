@@ -10,14 +10,16 @@ The index is made of what the files say of themselves. One that is lost or damag
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import diskcache
 
@@ -49,6 +51,7 @@ from a3_engine.chunks.tiers.index import Entry, Index, Note, Row, remove_old_cat
 from a3_engine.chunks.tiers.mapped_files import Identity
 from a3_engine.chunks.tiers.safe_disk import SafeDisk, UnsafeEntry
 from a3_engine.errors import StoreError
+from a3_engine.kv import ChunkKV
 from a3_engine.processes import Lock
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,28 @@ TURN_TIMEOUT = 60.0  # a crowd of writers on a slow disk takes turns
 HASHED_FILES = 16_384
 CHANGES = 3  # how often an entry may be exchanged by another process while it is being read
 SPARE = 0.5  # of the disk's free space is left to others, where no limit is given
+
+
+Parameters = ParamSpec("Parameters")
+T = TypeVar("T")
+
+
+def once_more(
+    method: Callable[Concatenate[DiskStore, Parameters], T],
+) -> Callable[Concatenate[DiskStore, Parameters], T]:
+    """What met a damaged index is done again when the index has been made anew."""
+
+    @functools.wraps(method)
+    def tried(self: DiskStore, /, *args: Parameters.args, **options: Parameters.kwargs) -> T:
+        kept: Any = [list(given) if isinstance(given, Iterator) else given for given in args]
+        try:
+            return method(self, *kept, **options)
+        except StoreError as error:
+            if not is_damage(error.__cause__):
+                raise
+            return method(self, *kept, **options)
+
+    return tried
 
 
 class DiskStore:
@@ -110,24 +135,12 @@ class DiskStore:
 
     def get(self, expected: Header) -> Payload | None:
         try:
-            self._reopen_if_replaced()
-            for _ in range(CHANGES):
-                name = self._index.find(expected.key)
-                if name is None:
-                    return None
-                try:
-                    return self._read(name, expected)
-                except (DamagedPayload, UnsafeEntry) as error:
-                    # Unless another process has just exchanged or removed the entry.
-                    if self._index.find(expected.key) == name:
-                        self._drop(expected.key, name, str(error))
-                        return None
-        except (sqlite3.Error, OSError, StoreError) as error:
-            logger.warning("The chunk store at %s cannot be read: %s.", self.directory, error)
-            if is_damage(error):
-                self._make_anew(str(error))
-        return None
+            return self._found(expected)
+        except StoreError as error:
+            logger.warning("A chunk counts as missing. %s", error)
+            return None
 
+    @once_more
     def put(self, payload: Payload, tag: str | None = None) -> int:
         content = payload.to_bytes(self._secret)
         if self.readonly:
@@ -155,6 +168,10 @@ class DiskStore:
                 raise
         return len(content)
 
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        pass  # nothing is in memory here
+
+    @once_more
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         with self._errors("The index cannot be read in"):
             return {key for key in keys if self._index.contains(key)}
@@ -167,6 +184,7 @@ class DiskStore:
         except sqlite3.Error as error:
             logger.warning("The chunk store at %s cannot be written: %s.", self.directory, error)
 
+    @once_more
     def note(self, notes: Iterable[Note]) -> None:
         """Remember texts and tags of chunks, stored or not. Raises `StoreError`."""
         if not self.readonly:
@@ -177,11 +195,13 @@ class DiskStore:
     def retag(self, tags: Mapping[str, str]) -> None:
         self.note(Note("", key, About(None, tag)) for key, tag in tags.items())
 
+    @once_more
     def tagged(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that have a tag."""
         with self._errors("The index cannot be read in"):
             return self._index.tagged(keys)
 
+    @once_more
     def texts(self, engine: str, after: int) -> tuple[tuple[int, int], int, list[Known]]:
         """What an engine's catalogue reads: all that was noted after a number.
 
@@ -191,14 +211,17 @@ class DiskStore:
             What changes when something was forgotten, so that all has to be read again; the number
             of the last text; the texts.
         """
-        self._reopen_if_replaced()
-        return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
+        with self._errors("The index cannot be read in"):
+            self._reopen_if_replaced()
+            return (self._openings, self._index.evictions()), *self._index.texts(engine, after)
 
+    @once_more
     def used_since(self, keys: Iterable[str], since: float) -> set[str]:
         """Those of the keys that are stored, and were used after a time in seconds."""
         with self._errors("The index cannot be read in"):
             return {key for key in keys if self._index.contains(key, since)}
 
+    @once_more
     def expire(self, tags: str, before: float) -> set[str]:
         """Remove what has a tag that begins so, and was last used before a time in seconds."""
         with self._errors("Chunks cannot be removed from"):
@@ -210,17 +233,20 @@ class DiskStore:
                 self._index.wipe()
                 return gone
 
+    @once_more
     def state(self) -> str:
         """What stays the same as long as all that was stored is there."""
         with self._errors("The index cannot be read in"):
             self._reopen_if_replaced()
             return self._index.state()
 
+    @once_more
     def text_rows(self, tag: str | None = None) -> list[list[object]]:
         """Every engine's ``[engine, key, text]``, of one tag where given; see `Index`."""
         with self._errors("The index cannot be read in"):
             return self._index.text_rows(tag)
 
+    @once_more
     def evict(self, tag: str, also: Iterable[str] = ()) -> set[str]:
         with self._errors("Chunks cannot be removed from"), self._changing():
             untagged = set(also) - self._index.tagged(also)
@@ -229,15 +255,18 @@ class DiskStore:
             remove(set_aside_name(self._database.path))  # which may hold its words and tags
         return gone
 
+    @once_more
     def discard(self, keys: Iterable[str]) -> None:
         with self._errors("Chunks cannot be removed from"), self._changing():
             self._index.remove_keys(keys)
 
+    @once_more
     def shrink(self, nbytes: int) -> set[str]:
         """Remove the least recently used chunks until the store takes at most ``nbytes``."""
         with self._errors("Chunks cannot be removed from"), self._changing():
             return self._index.make_room(nbytes)
 
+    @once_more
     def evict_unused(self, before: float) -> set[str]:
         """Remove what was last used before a time, in seconds since the epoch."""
         with self._errors("Chunks cannot be removed from"), self._changing():
@@ -249,11 +278,13 @@ class DiskStore:
             with contextlib.suppress(UnsafeEntry):
                 yield row, self._disk.path(row.filename)
 
+    @once_more
     def stats(self) -> StoreStats:
         with self._errors("The index cannot be read in"):
             count, volume = self._index.count(), self._index.volume()
         return StoreStats(str(self.directory), count, volume, self.size_limit)
 
+    @once_more
     def verify(self, *, fix: bool = True) -> list[str]:
         with self._errors("The store cannot be checked:"):
             if (problems := self._index.problems()) and fix:
@@ -449,6 +480,23 @@ class DiskStore:
                         )
                     self._hashed.clear()
                     self._open()
+
+    @once_more
+    def _found(self, expected: Header) -> Payload | None:
+        with self._errors("The index cannot be read in"):
+            self._reopen_if_replaced()
+            for _ in range(CHANGES):
+                name = self._index.find(expected.key)
+                if name is None:
+                    return None
+                try:
+                    return self._read(name, expected)
+                except (DamagedPayload, UnsafeEntry) as error:
+                    # Unless another process has just exchanged or removed the entry.
+                    if self._index.find(expected.key) == name:
+                        self._drop(expected.key, name, str(error))
+                        return None
+        return None
 
     def _read(self, name: object, expected: Header) -> Payload:
         path, found = self._disk.found(name)

@@ -1,4 +1,4 @@
-"""Chunks in memory; for a model on a GPU in pinned memory, from which copies are faster."""
+"""Chunks in memory, compact ones decoded; pinned where a GPU copies from it, which is faster."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from a3_engine.bounded_lru import BoundedLRU
 from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import StoreStats
+from a3_engine.kv import ChunkKV
 
 
 class MemoryTier:
-    """The most recently used chunks, encoded, up to a number of bytes.
+    """The most recently used chunks, up to a number of bytes.
 
     Tags are left to the other tiers; what they evict goes here too.
 
@@ -43,6 +44,11 @@ class MemoryTier:
         kept = replace(payload, tensors={n: self._copy(t) for n, t in payload.tensors.items()})
         self._payloads.put(payload.header.key, kept)
         return kept.nbytes
+
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        if payload.decoded is None and kv.nbytes <= self.size_limit:
+            kept = replace(payload, tensors={}, decoded=kv)
+            self._payloads.put(payload.header.key, kept)
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         return set(keys) & self._payloads.keys()

@@ -18,6 +18,7 @@ from a3_engine.chunks.patience import waiting
 from a3_engine.chunks.payload import MAX_HEADER, DamagedPayload, Header, Payload, join
 from a3_engine.chunks.store import StoreStats
 from a3_engine.chunks.urls import masked, unnamed
+from a3_engine.kv import ChunkKV
 from a3_engine.processes import make_anew_in_child
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class RemoteTier:
 
     def get(self, expected: Header) -> Payload | None:
         # Each layer may be a document of its own.
-        most = expected.nbytes + expected.shape[0] * (MAX_HEADER + 8)
+        most = expected.nbytes[1] + expected.shape[0] * (MAX_HEADER + 8)
         parts = self._call(lambda: self._blobs.read(expected.key, most), None)
         if parts is None:
             return None
@@ -125,6 +126,9 @@ class RemoteTier:
             return sum(map(len, parts))
 
         return self._call(write, 0)
+
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        pass  # nothing is in memory here
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         wanted = list(keys)

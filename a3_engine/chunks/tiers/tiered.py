@@ -11,6 +11,7 @@ from a3_engine.chunks.payload import Header, Payload
 from a3_engine.chunks.store import ChunkStore, StoreStats
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.errors import StoreError
+from a3_engine.kv import ChunkKV
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,10 @@ class TieredStore:
         if failure is not None:
             raise failure
         return written
+
+    def keep_decoded(self, payload: Payload, kv: ChunkKV) -> None:
+        for tier in self._tiers:
+            tier.keep_decoded(payload, kv)
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         missing, found = set(keys), set()
