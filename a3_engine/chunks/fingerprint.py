@@ -87,7 +87,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _saved_buffers(module: nn.Module) -> dict[str, Any]:
-    """Buffers that are saved with a model: quantized layers (GPTQ, AWQ) keep their weights there."""
+    """Buffers that are saved with a model; GPTQ and AWQ keep their weights there."""
     buffers = module._buffers.items()
     return {k: v for k, v in buffers if k not in module._non_persistent_buffers_set}
 

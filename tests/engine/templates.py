@@ -147,9 +147,7 @@ TEMPLATES = {
     "command a": headed(
         "<|START_OF_TURN_TOKEN|><|@_TOKEN|><|START_TEXT|>", "<|END_TEXT|><|END_OF_TURN_TOKEN|>"
     ),
-    "deepseek 2": turns(
-        "User: §\n\n", "Assistant: §{{ eos_token }}", "Assistant:", system="§\n\n"
-    ),
+    "deepseek 2": turns("User: §\n\n", "Assistant: §{{ eos_token }}", "Assistant:", system="§\n\n"),
     "deepseek 3": turns(
         "<｜User｜>§", "<｜Assistant｜>§<｜end▁of▁sentence｜>", "<｜Assistant｜>", system="§"
     ),
@@ -160,11 +158,12 @@ TEMPLATES = {
         system="§",
     ),
     "hunyuan": turns(
-        "<｜hy_User｜>§", "<｜hy_Assistant｜>§<｜hy_eos｜>", "<｜hy_Assistant｜>", system="§<｜hy_3｜>"
+        "<｜hy_User｜>§",
+        "<｜hy_Assistant｜>§<｜hy_eos｜>",
+        "<｜hy_Assistant｜>",
+        system="§<｜hy_3｜>",
     ),
-    "ernie": turns(
-        "User: §\n", "Assistant: §</s>", "Assistant: ", system="§\n", begin="<|begin|>"
-    ),
+    "ernie": turns("User: §\n", "Assistant: §</s>", "Assistant: ", system="§\n", begin="<|begin|>"),
     "kimi": headed("<|im_@|>@<|im_middle|>", "<|im_end|>", begin=""),
     "minimax": headed("]~b]@\n", "[e~[\n", begin="]~!b["),
     "seed": headed("<seed:bos>@\n", "<seed:eos>", begin=""),

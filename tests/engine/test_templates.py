@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -58,27 +60,32 @@ def test_a_prompt_is_the_templates_text(tokenizer, name):
         assert chunks == [chunk.text for chunk in given], kind
 
 
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+BYTES = [(byte, f"<0x{byte:02X}>") for byte in range(256)]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>"]
 SPECIAL += ["<|assistant|>"]
-SIZE = VOCABULARY + len(BYTES)
 BLANKS = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
-# "Put a blank ahead, and write blanks as ▁": of the whole text, or of all between control tokens.
-AHEAD = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def trained(tokenizer: Tokenizer, kind: str = "bpe") -> PreTrainedTokenizerFast:
-    options = {"vocab_size": SIZE, "special_tokens": SPECIAL, "show_progress": False}
+    options = {"vocab_size": VOCABULARY, "special_tokens": SPECIAL, "show_progress": False}
     alphabet = [chr(each) for each in range(32, 127)]
     if kind == "bpe":
-        options |= {"special_tokens": [*SPECIAL, *BYTES], "initial_alphabet": alphabet}
-        trainer = trainers.BpeTrainer(**options)
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=alphabet)
     elif kind == "unigram":
         options |= {"unk_token": "<unk>", "initial_alphabet": [*alphabet, "\n"]}
         trainer = trainers.UnigramTrainer(**options)
     else:
         trainer = trainers.WordPieceTrainer(**options, initial_alphabet=alphabet)
+    normalizer, tokenizer.normalizer = tokenizer.normalizer, None
+    splits = tokenizer.pre_tokenizer
+    if kind != "words":  # SentencePiece learns no token that goes on into the next word
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.train_from_iterator([*CORPUS, LAMP, SHORE], trainer)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splits
+    if kind == "bpe":
+        rules = json.loads(tokenizer.to_str())
+        rules["model"]["vocab"] |= {byte: len(rules["model"]["vocab"]) + at for at, byte in BYTES}
+        tokenizer = Tokenizer.from_str(json.dumps(rules))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -92,7 +99,7 @@ def byte_level() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZE,
+        vocab_size=VOCABULARY,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -104,7 +111,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 def blank_ahead() -> PreTrainedTokenizerFast:
     """As Llama 2's: a blank ahead of each text, and of what follows a control token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = AHEAD
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence([*BLANKS, decoders.Strip(" ", 1, 0)])
     return trained(tokenizer)
 
@@ -142,7 +151,8 @@ def word_pieces() -> PreTrainedTokenizerFast:
 
 
 KINDS = [byte_level, blank_ahead, blank_ahead_once, no_blank_ahead, unigram, word_pieces]
-FORMS = ["chatml", "llama 2", "mistral v3", "zephyr", "vicuna", "alpaca"]
+FORMS = ["chatml", "zephyr", "alpaca", "deepseek 3", "metharme"]
+SPACED = ["llama 2", "mistral v3", "vicuna"]  # whose last blank is one token with the next word
 TURNS = [*EARLIER, Message("user", "Query: who keeps the lamp?\n  - the keeper, since 1874.")]
 
 
@@ -150,7 +160,8 @@ TURNS = [*EARLIER, Message("user", "Query: who keeps the lamp?\n  - the keeper, 
 def test_a_prompt_has_the_templates_tokens(build):
     """As if the whole text of the conversation were tokenized at once."""
     tokenizer = build()
-    for form in FORMS:
+    spaced = SPACED if PromptPlanner(tokenizer).joint else []
+    for form in (*FORMS, *spaced):
         tokenizer.chat_template = TEMPLATES[form]
         planner = PromptPlanner(tokenizer)
         for messages in (TURNS[:1], TURNS, [BRIEF, *TURNS]):
