@@ -22,7 +22,7 @@ from a3_engine.fusion.selectors.a3 import A3
 from a3_engine.fusion.selectors.base import Run, Selector
 from a3_engine.fusion.selectors.full_reuse import FullReuse
 from a3_engine.layout import Layout, Span
-from a3_engine.model.attention import has_window
+from a3_engine.model.attention import has_window, install
 from a3_engine.model.batch_cache import step
 from a3_engine.model.cache_argument import takes_cache
 from a3_engine.model.hooks import arguments, install_hooks
@@ -139,6 +139,8 @@ def check_model(model: PreTrainedModel, text: Sequence[int]) -> GateResult:
     """
     tested = model.config.get_text_config().model_type in TESTED
     try:
+        if "flash" in model.config._attn_implementation:  # whose package may not be there
+            install(model)
         decoder = find_decoder(model)
         rotation = read_rotation(decoder)
         install_hooks(model)
@@ -146,9 +148,8 @@ def check_model(model: PreTrainedModel, text: Sequence[int]) -> GateResult:
     except UnsupportedModelError as error:
         return GateResult(None, str(error), tested)
     except Exception as error:  # whatever goes wrong, the gate stays closed
-        return GateResult(
-            None, f"the self-check failed: {type(error).__name__}: {shortened(error)}", tested
-        )
+        what = f"{type(error).__name__}: {shortened(error)}"
+        return GateResult(None, f"its own code fails in the passes of the engine ({what})", tested)
     return GateResult(rotation, None, tested)
 
 

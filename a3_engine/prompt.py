@@ -125,7 +125,8 @@ class PromptPlanner(PromptTokenizer):
                     self._append_chunk(segments, part)
                     after_chunks = len(segments)
                 else:
-                    self._append_fresh(segments, self.tokenize_text(part, begins=not segments))
+                    begins = self.begins_after(segments[-1].ids if segments else ())
+                    self._append_fresh(segments, self.tokenize_text(part, begins))
             places += [index] * (len(segments) - len(places))
             if index == last_user:
                 # The turn's own words after its chunks; all its words where none follow.
@@ -150,7 +151,8 @@ class PromptPlanner(PromptTokenizer):
         """
         whose, turns = prompt.conversation, list(prompt.turns)
         if whose is not None and prompt.unanswered is not None:
-            ids = self.tokenize_text(answer.strip() if self._template.trims else answer)
+            text = answer.strip() if self._template.trims else answer
+            ids = self.tokenize_text(text, self.begins_after(prompt.ids))
             turns.append(finished(prompt.unanswered, ids, whose.after(answer)))
         return turns
 

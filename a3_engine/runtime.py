@@ -26,7 +26,7 @@ from a3_engine.chunks.text_index import TextIndex
 from a3_engine.chunks.tiers import DiskStore, TieredStore, open_store
 from a3_engine.decoding.batching import BatchedDecoder
 from a3_engine.decoding.seeds import Seeds
-from a3_engine.errors import shortened
+from a3_engine.errors import UnsupportedModelError, shortened
 from a3_engine.fusion.encoding import ChunkEncoder
 from a3_engine.fusion.prefix_cache import MAX_BYTES, PrefixCache
 from a3_engine.fusion.sparse import LocalQueries
@@ -262,6 +262,8 @@ class Weights(NamedTuple):
 def _weights(model: PreTrainedModel) -> Weights:
     try:
         return Weights(model_fingerprint(model))
+    except UnsupportedModelError as error:
+        return Weights("unknown", str(error))
     except Exception as error:
         return Weights("unknown", f"its weights cannot be read: {shortened(error)}")
 

@@ -5,6 +5,7 @@ Template text may hold control tokens; what users and documents say is always to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -34,6 +35,8 @@ class PromptTokenizer:
     joint : tuple of int
         Ids of `JOINT` where the tokenizer puts a blank before what stands alone, as SentencePiece
         does; else empty.
+    openers : frozenset of int
+        Control tokens after which it puts that blank again, as it does in a whole text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -41,6 +44,7 @@ class PromptTokenizer:
         self._lock = _lock_of(tokenizer)
         self._remembered_ids = lru_cache(REMEMBERED_CHUNKS)(self.tokenize_text)
         self.joint = self._blank_before()
+        self.openers = self._blank_after() if self.joint else frozenset()
         self.bos = self._leading_ids()
 
     @cached_property
@@ -61,7 +65,7 @@ class PromptTokenizer:
         return self._tokenize(clean(text), begins, split_special_tokens=False)
 
     def _tokenize(self, text: str, begins: bool, **options: bool) -> tuple[int, ...]:
-        """SentencePiece puts a blank before each text, which only a prompt's beginning has."""
+        """SentencePiece puts a blank before each text, which inside a prompt has none."""
         joint = () if begins else self.joint
         with self._lock:
             encoded = self.tokenizer(
@@ -82,6 +86,20 @@ class PromptTokenizer:
         adds = joined[: len(joint)] == joint and joined[len(joint) :] != alone
         return joint if adds else ()
 
+    def _blank_after(self) -> frozenset[int]:
+        """See ``openers``."""
+        added = self.tokenizer.added_tokens_decoder
+        if not added:
+            return frozenset()
+        with self._lock:
+            options = {"add_special_tokens": False, "split_special_tokens": False}
+            alone = self.tokenizer("a", **options).input_ids
+            texts = [f"{token.content}a" for token in added.values()]
+            found = self.tokenizer(texts, **options).input_ids
+        return frozenset(
+            token for token, ids in zip(added, found, strict=True) if ids == [token, *alone]
+        )
+
     def _leading_ids(self) -> tuple[int, ...]:
         """See ``bos``."""
         with self._lock:
@@ -91,6 +109,10 @@ class PromptTokenizer:
             if full[start : start + len(plain)] == plain:
                 return tuple(full[:start])
         return ()
+
+    def begins_after(self, ids: Sequence[int]) -> bool:
+        """Whether text after these ids is tokenized as that which begins a prompt."""
+        return not ids or ids[-1] in self.openers
 
     def with_bos(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Ids that begin a prompt, with BOS where the tokenizer puts one."""

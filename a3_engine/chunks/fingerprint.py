@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from a3_engine.errors import UnsupportedModelError
+
 FORMAT_VERSION = 2
 SAMPLES = 64
 PIECE = 2**24  # values summed at once: torch makes a copy of twice their size
@@ -36,7 +38,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
     Raises
     ------
-    Exception
+    UnsupportedModelError
         Some weights cannot be read: they are elsewhere (offloaded), or of an unknown kind.
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE}
@@ -46,6 +48,10 @@ def model_fingerprint(model: PreTrainedModel) -> str:
             state = [getattr(module, each, None) for each in ADAPTER]
             hasher.update(digest(name, state).encode())
     for name, tensor in _weights(model):
+        if not isinstance(tensor, torch.Tensor):
+            raise UnsupportedModelError(f"its weights cannot be read: {name} is no tensor")
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"its weight {name} is kept elsewhere (offloaded)")
         flat = tensor.detach().reshape(-1)
         bits = flat.contiguous().view(torch.uint8)
         wide = torch.int32 if bits.numel() % 4 == 0 and bits.storage_offset() % 4 == 0 else None
@@ -67,9 +73,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     seen = set()
     for path, module in model.named_modules():
-        buffers = module._buffers.items()
-        kept = {k: v for k, v in buffers if k not in module._non_persistent_buffers_set}
-        own: dict[str, Any] = {**module._parameters, **kept}
+        _refuse_hidden(path, module)
+        own: dict[str, Any] = {**module._parameters, **_saved_buffers(module)}
         states = [(k, w.quant_state) for k, w in own.items() if hasattr(w, "quant_state")]
         for name, state in states:  # bitsandbytes': what its packed numbers mean
             own |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
@@ -79,6 +84,22 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             if weight is not None and id(weight) not in seen:
                 seen.add(id(weight))
                 yield from _plain(f"{path}.{name}", weight)
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Any]:
+    """Buffers that are saved with a model; GPTQ and AWQ keep their weights there."""
+    buffers = module._buffers.items()
+    return {k: v for k, v in buffers if k not in module._non_persistent_buffers_set}
+
+
+def _refuse_hidden(path: str, module: nn.Module) -> None:
+    """Some kernels repack a linear layer's weights into memory that only they know."""
+    if not (hasattr(module, "in_features") or hasattr(module, "infeatures")):
+        return
+    tensors = (*module.parameters(), *module.buffers())
+    if not any(each.dim() > 1 for each in tensors):
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise UnsupportedModelError(f"the weights of its layer {path} ({kind}) cannot be read")
 
 
 def _plain(name: str, weight: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,19 +117,27 @@ class Watch:
 
     What is done to a weight in place, another one in its place, and adapters that are switched,
     scaled or merged are seen; adapters that are added later, or changed through ``.data``, are not.
+    Buffers that are saved with the model are weights too.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = [each for each in model.parameters() if not each.is_inference()]
-        self._adapters = [each for each in model.modules() if hasattr(each, "merged_adapters")]
+        self._modules = list(model.modules())
+        self._held = list(self._now())  # else a new weight could take the address of an old one
+        self._adapters = [each for each in self._modules if hasattr(each, "merged_adapters")]
         self._seen = self._look()
 
     def changed(self) -> bool:
         """Whether something is not as it was when this was made."""
         return self._look() != self._seen
 
+    def _now(self) -> Iterator[torch.Tensor]:
+        for module in self._modules:
+            for each in (*module._parameters.values(), *_saved_buffers(module).values()):
+                if each is not None and not each.is_inference():
+                    yield each
+
     def _look(self) -> list[object]:
-        weights = [(each.data_ptr(), each._version) for each in self._weights]
+        weights = [(id(each), each.data_ptr(), each._version) for each in self._now()]
         return [weights, *([str(getattr(a, n, None)) for n in ADAPTER] for a in self._adapters)]
 
 

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from a3_engine.errors import UnsupportedModelError
-from a3_engine.model.attention import capture
+from a3_engine.kv import LayerShape
+from a3_engine.model.attention import Captured, capture
 from a3_engine.model.cache_argument import with_cache
 from a3_engine.model.kv_shape import kv_shape, ordinary_cache
 
@@ -175,17 +176,32 @@ def distance(ours: torch.Tensor, reference: torch.Tensor, rows: torch.Tensor) ->
     return float(((ours - reference).norm(dim=(0, 2)) / length).median())
 
 
+def _refuse_others(index: int, shape: LayerShape | None, captured: Captured) -> None:
+    """A fused pass takes keys and values from where the attention is called."""
+    keys, values = captured.kept
+    given = (keys.shape[1], keys.shape[3], values.shape[3])
+    if shape is None or shape.latent or given == shape[:3]:
+        return
+    heads, key_dim, value_dim = shape[:3]
+    raise UnsupportedModelError(
+        f"its layer {index} gives its attention other keys and values than it keeps: {given[0]} "
+        f"heads of {given[1]} and {given[2]} numbers, and not {heads} of {key_dim} and {value_dim}"
+    )
+
+
 @contextmanager
 def _rounding(decoder: PreTrainedModel, windows: list[int | None]) -> Iterator[None]:
     """Meanwhile all that enters a layer is rounded anew, at random; notes the layers' windows."""
-    shapes = zip_longest(decoder.layers, kv_shape(decoder).layers)
-    attends = [shape is None or shape.attends for _, shape in shapes]
-    windows[:] = [None] * len(attends)
+    shapes = [shape for _, shape in zip_longest(decoder.layers, kv_shape(decoder).layers)]
+    windows[:] = [None] * len(shapes)
     generator = torch.Generator().manual_seed(0)
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
-        if attends[index]:
-            windows[index] = capture(layer, args, kwargs).window
+        shape = shapes[index]  # none where it attends to what another layer keeps
+        if shape is None or shape.attends:
+            captured = capture(layer, args, kwargs)
+            windows[index] = captured.window
+            _refuse_others(index, shape, captured)
         states = args[0] if args else kwargs["hidden_states"]
         noise = torch.randn(states.shape, generator=generator).to(states.device)
         moved = states.float() * (1 + torch.finfo(states.dtype).eps / 2 * noise)

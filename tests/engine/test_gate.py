@@ -14,6 +14,7 @@ from a3_engine import A3Engine, Precomputed, gate
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.cache_argument import cache_in, other_cache
 from tests.engine.models import CONFIGS, LINEAR, MLA, build
+from tests.survey import looking
 from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import tiny_model
 
@@ -176,3 +177,10 @@ def test_the_long_probe_of_an_accelerator_is_passed(tiny_engine, monkeypatch, na
     """Its length goes beyond windows, but not to where longrope changes its frequencies."""
     monkeypatch.setattr(gate, "CPU_LONG", gate.LONG)
     assert tiny_engine(name).unsupported_reason is None
+
+
+def test_keys_that_are_repeated_after_the_cache_are_named():
+    """JetMoE's attention is given the keys of its two heads twice, once for each expert."""
+    model = looking.build("jetmoe")
+    reason = gate.check_model(model, list(range(5, 300))).reason
+    assert "gives its attention other keys and values than it keeps: 4 heads" in reason
