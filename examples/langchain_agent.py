@@ -6,6 +6,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import ToolMessage
 from langchain_core.tools import create_retriever_tool
 from langchain_core.vectorstores import InMemoryVectorStore
+from pydantic import BaseModel, Field
 from wordllama_langchain import WordLlamaEmbeddings
 
 from a3_engine.evaluation.datasets import articles, sample_examples
@@ -26,6 +27,15 @@ search = create_retriever_tool(
     "Search for facts.",
     response_format="content_and_artifact",  # the artifact says where each document begins
 )
+
+
+class Words(BaseModel):
+    """A small model may not come to an end: the grammar limits its letters."""
+
+    query: str = Field(max_length=40)
+
+
+search.args_schema = Words
 
 
 @wrap_model_call

@@ -15,6 +15,7 @@ from a3_engine.chunks.codecs import CODEC_NAMES, DEFAULT_CODEC
 from a3_engine.chunks.codecs.compact import BASIS
 from a3_engine.chunks.doctor import check_model
 from a3_engine.chunks.known import About
+from a3_engine.chunks.library import HEAD_TOKENS
 from a3_engine.chunks.payload import DamagedPayload, claims, read_header, read_start
 from a3_engine.chunks.stand_in import AUTO, NONE
 from a3_engine.chunks.store import SECRET_VARIABLE, StoreOptions
@@ -81,7 +82,7 @@ def show_stats(options: argparse.Namespace) -> None:
     stats = store.stats()
     codecs: Counter[str] = Counter()
     stand_ins: Counter[str] = Counter()
-    tokens = chunks = 0
+    tokens = chunks = of_chunks = 0
     for _, path in store.entries():
         try:
             header, about = claims(read_start(path))
@@ -93,14 +94,17 @@ def show_stats(options: argparse.Namespace) -> None:
             continue
         stand_ins[header.stand_in or NONE] += 1
         tokens += header.n_tokens
-        chunks += About.from_json(about).known is not None
+        known = About.from_json(about).known is not None
+        chunks += known
+        if known or header.n_tokens <= HEAD_TOKENS:  # each chunk has a head
+            of_chunks += path.stat().st_size
     free = max(0, stats.size_limit - stats.nbytes)
     figures = {
         "directory": stats.directory,
         "entries": stats.entries,
         "nbytes": stats.nbytes,
         "chunks": chunks,
-        "room": free * chunks // max(1, stats.nbytes),
+        "room": free * chunks // max(1, of_chunks),
         "tokens": tokens,
         "codecs": dict(codecs),
         "stand_ins": dict(stand_ins),
@@ -111,7 +115,7 @@ def show_stats(options: argparse.Namespace) -> None:
         for name, value in figures.items():
             print(f"{name:10} {value}")
         room = f"; room for {figures['room']:,} more like them" if chunks else ""
-        print(f"{chunks:,} chunks, {stats.nbytes / 1e9:.1f} GB{room}")
+        print(f"{chunks:,} chunks, {stats.nbytes / 1e6:,.1f} MB{room}")
     store.close()
 
 
