@@ -31,7 +31,7 @@ class BoundedLRU(Generic[Key, Value]):
         max_bytes: int | None = None,
         nbytes: Callable[[Value], int] = lambda value: 0,
     ) -> None:
-        self._max_items, self._max_bytes, self._of = max_items, max_bytes, nbytes
+        self.max_items, self.max_bytes, self._of = max_items, max_bytes, nbytes
         self._lock = Lock()
         self._items: OrderedDict[Key, Value] = OrderedDict()
         self._nbytes = 0
@@ -61,7 +61,7 @@ class BoundedLRU(Generic[Key, Value]):
         with self._lock:
             self._remove(key)
             size = self._of(value)
-            if self._max_bytes is not None and size > self._max_bytes:
+            if self.max_bytes is not None and size > self.max_bytes:
                 return
             self._items[key] = value
             self._nbytes += size
@@ -81,7 +81,7 @@ class BoundedLRU(Generic[Key, Value]):
             self._nbytes = 0
 
     def _too_much(self) -> bool:
-        items, nbytes = self._max_items, self._max_bytes
+        items, nbytes = self.max_items, self.max_bytes
         return (items is not None and len(self._items) > items) or (
             nbytes is not None and self._nbytes > nbytes
         )

@@ -175,6 +175,8 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     if any(getattr(each, "indexer", None) is not None for each in attentions):
         raise UnsupportedModelError("an indexer picks the keys that its attention sees")
+    if all(mixer is not None for mixer in mixers(decoder)):
+        raise UnsupportedModelError("no layer attends, so that cached chunks would save nothing")
     latent = [
         is_latent(layer)
         for layer, mixer in zip(layers, mixers(decoder), strict=True)

@@ -96,6 +96,8 @@ def _refuse_hidden(path: str, module: nn.Module) -> None:
     """Some kernels repack a linear layer's weights into memory that only they know."""
     if not (hasattr(module, "in_features") or hasattr(module, "infeatures")):
         return
+    if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+        return  # which says what they are, or why they cannot be had
     tensors = (*module.parameters(), *module.buffers())
     if not any(each.dim() > 1 for each in tensors):
         kind = f"{type(module).__module__}.{type(module).__name__}"

@@ -54,7 +54,8 @@ class CachedPrefix:
     @property
     def nbytes(self) -> int:
         """Bytes kept alive, with the slots that the answer left free."""
-        storages = (state.untyped_storage() for pair in self.states for state in pair)
+        states = (state for pair in self.states for state in pair if state is not None)
+        storages = (state.untyped_storage() for state in states)
         return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
     def shared(self, ids: Sequence[int]) -> int:

@@ -18,6 +18,8 @@ EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
 
 MLA = dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 16)
+MLA |= dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "num_key_value_heads"), 8)
+MLA |= dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1)
 
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 2}
@@ -29,6 +31,7 @@ SCALED = rope(
 
 
 LINEAR = {f"linear_{part}": 16 for part in ("key_head_dim", "value_head_dim")}
+LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -196,6 +196,8 @@ def test_decoding_sees_exactly_what_was_kept(tiny_engine, architecture):
     n, answer = prompt.n_tokens, [7, 11, 5, 300]
     cache, token = passed(engine, prompt, selector="full_prefill", compression=Streaming(keep=0.3))
     cache.compressor.compress(engine.runtime.model, cache, token)
+    if not all(layer.shape.attends for layer in cache.layers):
+        pytest.skip("a hybrid masks several tokens at once by its first layer, which is not cut")
     gone = set(range(n)) - (set(range(4)) | set(range(n - int(n * 0.3) + 4, n)))
     with torch.inference_mode():
         ours = engine.runtime.model(

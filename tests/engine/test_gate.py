@@ -13,21 +13,17 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from a3_engine import A3Engine, Precomputed, gate
 from a3_engine.errors import UnsupportedModelError
 from a3_engine.model.cache_argument import cache_in, other_cache
-from tests.engine.models import CONFIGS, LINEAR, MLA, build
+from tests.engine.models import CONFIGS, build
 from tests.survey import looking
 from tests.texts import ASK, LAMP, SHORE
 from tests.tiny import tiny_model
 
-MLA |= dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "num_key_value_heads"), 8)
-MLA |= dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1)
-LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
 REFUSED = {
     "gpt2": "layers",
     "bloom": "layers",
     "opt": "no rotary",
     "deepseek-v3.2": "indexed_attention",
-    "mamba": "linear_attention",
-    "qwen3-next": "linear_attention",
+    "mamba": "no layer attends",
     "llama-dynamic": "dynamic",
     "ministral3": "moved to another position",
     "qwen2-moe": "not told of",

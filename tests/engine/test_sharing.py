@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from a3_engine.decoding import graphs
 from a3_engine.model.batch_cache import step
 from a3_engine.model.cache_argument import with_cache
+from a3_engine.model.kv_shape import ordinary_cache
 from tests.texts import LAMP, SHORE
 from tests.tiny import CONFIGS, VOCABULARY
 
@@ -23,7 +23,7 @@ def test_a_step_of_several_caches_is_a_step_of_each(tiny_engine, architecture):
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(4, VOCABULARY, (1, n), generator=generator) for n in (5, 17, 31)]
     with torch.inference_mode():
-        caches = [DynamicCache() for _ in prompts]
+        caches = [ordinary_cache(model.get_decoder()) for _ in prompts]
         for ids, cache in zip(prompts, caches, strict=True):
             model(input_ids=ids[:, :-2], **with_cache(model, cache))
         for place in (-2, -1):

@@ -96,5 +96,5 @@ def _judge(engine: A3Engine, untouched: PreTrainedModel, dtype: torch.dtype) -> 
                 return "wrong", f"{selector} at ratio {ratio} is off by {apart[ratio]:.1e}"
     library, chunk = engine.runtime.library, prompt.segments[2]
     assert library is not None
-    nbytes = library.header(chunk).nbytes // len(chunk.ids)
+    nbytes = library.nbytes(chunk) // len(chunk.ids)
     return "exact", f"{apart[1.0]:.0e}, {apart[0.0]:.0e}; {nbytes:,} bytes a token"

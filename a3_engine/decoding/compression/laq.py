@@ -83,6 +83,8 @@ class LAQCompressor(Compressor):
         drafted = lookahead_queries(model, draft_cache, token, method.lookahead)
         slots = {}
         for index, (layer, draft) in enumerate(zip(cache.layers, drafted, strict=True)):
+            if draft is None:
+                continue
             last, visible, scaling = self._last[index]
             query = torch.cat([last, draft], dim=2)
             sees_all = torch.full((draft.shape[2],), layer.n_prompt, device=visible.device)

@@ -13,7 +13,7 @@ from a3_engine.model.masks import RowMask
 @torch.inference_mode()
 def lookahead_queries(
     model: PreTrainedModel, cache: FusedCache, token: int, count: int
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor | None]:
     """Draft a few tokens greedily, take their queries, and forget them again.
 
     Parameters
@@ -27,8 +27,9 @@ def lookahead_queries(
 
     Returns
     -------
-    list of torch.Tensor
-        Rotated queries of each layer, ``(1, heads, fed tokens, head_dim)``.
+    list of torch.Tensor or None
+        Rotated queries of each layer, ``(1, heads, fed tokens, head_dim)``; None where a layer
+        does not attend.
     """
     drafted: list[list[torch.Tensor]] = [[] for _ in cache.layers]
 
@@ -51,5 +52,5 @@ def lookahead_queries(
             token = int(logits[0, -1].argmax())
     finally:
         cache.observer = None
-        cache.crop(-len(drafted[0]))
-    return [torch.cat(queries, dim=2) for queries in drafted]
+        cache.crop(-max(map(len, drafted)))
+    return [torch.cat(queries, dim=2) if queries else None for queries in drafted]
