@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3_engine.chunks.calibration import make_codec
+from a3_engine.chunks.codecs.base import Codec
 from a3_engine.chunks.fingerprint import (
     Watch,
     digest,
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from a3_engine.chunks.library import ChunkLibrary
+from a3_engine.chunks.library import ChunkLibrary, Encoder
 from a3_engine.chunks.stand_in import AUTO, passages_of
 from a3_engine.chunks.store import StoreOptions
 from a3_engine.chunks.text_index import TextIndex
@@ -169,14 +170,8 @@ def start(
     engine = _identity(weights, tokens, gate, codec)
     if gate.rotation is not None:
         encoder = ChunkEncoder(model.get_decoder(), gate.rotation, decoder.executor)
-        found, beside = make_codec(
-            codec,
-            _identity(weights, tokens, gate, ""),
-            chunks,
-            encoder,
-            planner.tokenize_text,
-            planner.prefix_ids,
-        )
+        uncoded = _identity(weights, tokens, gate, "")
+        found, beside = _codec(codec, uncoded, chunks, encoder, planner)
         engine = _identity(weights, tokens, gate, found.identity)
         library = ChunkLibrary(
             encoder,
@@ -221,14 +216,8 @@ def renewed(runtime: Runtime) -> Runtime:
     gate = _with_weights(weights, runtime.gate)
     library, engine = None, _identity(weights, tokens, gate, old.codec.name)
     if gate.rotation is not None:
-        codec, beside = make_codec(
-            old.codec.name,
-            _identity(weights, tokens, gate, ""),
-            old.store,
-            old.encoder,
-            runtime.planner.tokenize_text,
-            runtime.planner.prefix_ids,
-        )
+        uncoded = _identity(weights, tokens, gate, "")
+        codec, beside = _codec(old.codec.name, uncoded, old.store, old.encoder, runtime.planner)
         engine = _identity(weights, tokens, gate, codec.identity)
         library = old.of(engine, codec, beside)
     runtime.planner.find = library.text_index.find if library is not None else None
@@ -243,6 +232,17 @@ def renewed(runtime: Runtime) -> Runtime:
         watch=watch,
         turns=turns,
     )
+
+
+def _codec(
+    name: str,
+    uncoded: str,
+    store: DiskStore | TieredStore,
+    encoder: Encoder,
+    planner: PromptPlanner,
+) -> tuple[Codec, tuple[str, ...]]:
+    """See `make_codec`; ``uncoded`` is the fingerprint of what makes keys and values."""
+    return make_codec(name, uncoded, store, encoder, planner.tokenize_text, planner.prefix_ids)
 
 
 def _prefix_cache(model: PreTrainedModel, gate: GateResult) -> PrefixCache:

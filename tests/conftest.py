@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from a3_engine import A3Engine
 from a3_engine.native import loops
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.tiny import CHATML, LONG, STAND_IN, STRICT, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,21 @@ def tiny_engine(tmp_path: Path) -> Iterator[Callable[..., A3Engine]]:
     yield build
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="module", params=[CHATML, STRICT, None], ids=["chatml", "strict", "none"])
+def engine_of_any_template(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[A3Engine]:
+    """A tiny model with a long window, by each template in turn."""
+    engine = A3Engine.from_pretrained(
+        tiny_model(LONG),
+        tiny_tokenizer(request.param),
+        cache_dir=tmp_path_factory.mktemp("any"),
+        stand_in=STAND_IN,
+    )
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")

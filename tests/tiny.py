@@ -45,6 +45,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LONG = LlamaConfig(**{**SHAPE, "max_position_embeddings": 32_768})
 
 # These derive the head's size from the hidden size.
 DERIVED = {key: value for key, value in SHAPE.items() if key != "head_dim"}

@@ -173,7 +173,7 @@ class ChunkLibrary:
         """
         header = self.header(segment)
         if (resident := self.resident.get(header.key)) is not None:
-            return Fetched(resident, True, self.nbytes(segment), 0.0)
+            return Fetched(resident, True, self._nbytes(header), 0.0)
         if (stored := self._home(segment).get(header)) is not None:
             return Fetched(self._beside_device(stored), True, stored.nbytes, 0.0)
         context = self._context_kv(segment)
@@ -284,7 +284,7 @@ class ChunkLibrary:
     def _context_kv(self, segment: Segment) -> ChunkKV | None:
         """KV of what a segment is computed after; stored as all else, so computed once."""
         if not (ids := self.context_ids(segment)):
-            self.touch([])
+            self.touch([])  # what the chunks need beside them is used all the same
             return None
         before = Segment("prefix", ids)
         kv = self.fetch(before).kv
@@ -310,7 +310,9 @@ class ChunkLibrary:
 
     def nbytes(self, segment: Segment) -> int:
         """Bytes that a segment takes in the store, or about so many."""
-        header = self.header(segment)
+        return self._nbytes(self.header(segment))
+
+    def _nbytes(self, header: Header) -> int:
         return self._codec_of(header).nbytes(*header.shapes, header.torch_dtype)
 
     def header(self, segment: Segment) -> Header:

@@ -76,7 +76,8 @@ class KVCorrection:
         shape, tables = cache.shape, rotation.tables_up_to(rest.stop, cache.devices)
         layers = zip(cache.layers, shape.split(chunk), shape.split(head), tables, strict=True)
         for layer, of_chunk, of_head, table in layers:
-            layer.after_arrival = partial(self._move_rest, rest, of_chunk, of_head, table)
+            if layer.shape.attends:  # the inputs of layers that fold are not corrected
+                layer.after_arrival = partial(self._move_rest, rest, of_chunk, of_head, table)
 
     @torch.inference_mode()
     def _move_rest(

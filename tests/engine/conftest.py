@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig
 
 from a3_engine import A3Engine
-from tests.tiny import SHAPE
+from tests.tiny import LONG
 
 NEVER = 10_000  # no such token
-LONG = LlamaConfig(**{**SHAPE, "max_position_embeddings": 32_768})
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from a3_engine.benchmark.table import tables
 from a3_engine.cli import main
 from a3_engine.evaluation.datasets import Example, Passage, articles, sample_examples
 from a3_engine.method import make_method, make_methods
-from tests.engine.conftest import LONG
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.tiny import LONG, STAND_IN, tiny_model, tiny_tokenizer
 
 METHODS = ["full_prefill", "full_reuse", "default", "a3", "samkv"]
 

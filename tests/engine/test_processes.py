@@ -15,14 +15,14 @@ import torch
 
 import a3_engine
 from a3_engine.processes import Lock, cached_property, make_anew_in_child
-from tests.engine.conftest import LONG
 from tests.texts import ASK, LAMP, SHORE
+from tests.tiny import LONG
 
 START = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from a3_engine import A3Engine
-from tests.engine.conftest import LONG
+from tests.tiny import LONG
 from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
 engine = A3Engine.from_pretrained(
     tiny_model(LONG), tiny_tokenizer(), cache_dir=sys.argv[1], stand_in=STAND_IN

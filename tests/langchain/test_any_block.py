@@ -19,12 +19,9 @@ from langchain_core.messages import (
 )
 from typing_extensions import is_typeddict
 
-from a3_engine import A3Engine
 from a3_integrations.langchain import ChatA3
 from tests.blocks import JSON, TEXTS, dictionaries, is_clear_refusal
-from tests.engine.conftest import LONG
 from tests.langchain.test_other_models import LEFT_OUT, REFUSED, SAID
-from tests.tiny import CHATML, STAND_IN, STRICT, tiny_model, tiny_tokenizer
 
 DEFINED = [one for one in vars(content).values() if is_typeddict(one)]
 KNOWN = [*(block for block in SAID.values() if isinstance(block, dict)), *LEFT_OUT, *REFUSED]
@@ -81,16 +78,9 @@ MESSAGES = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=[CHATML, STRICT, None], ids=["chatml", "strict", "none"])
-def llm(request, tmp_path_factory):
-    engine = A3Engine.from_pretrained(
-        tiny_model(LONG),
-        tiny_tokenizer(request.param),
-        cache_dir=tmp_path_factory.mktemp("any"),
-        stand_in=STAND_IN,
-    )
-    yield ChatA3(engine=engine, max_tokens=1)
-    engine.close()
+@pytest.fixture(scope="module")
+def llm(engine_of_any_template):
+    return ChatA3(engine=engine_of_any_template, max_tokens=1)
 
 
 @given(st.lists(MESSAGES, max_size=4))

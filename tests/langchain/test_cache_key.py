@@ -11,8 +11,7 @@ from langchain_core.globals import set_llm_cache
 from a3_engine import A3Engine
 from a3_engine.fusion.selectors.epic import Epic
 from a3_integrations.langchain import A3LLM, ChatA3
-from tests.engine.conftest import LONG
-from tests.tiny import STRICT, tiny_model, tiny_tokenizer
+from tests.tiny import LONG, STRICT, tiny_model, tiny_tokenizer
 
 ASK = "The lamp of the lighthouse burns. Who keeps it?"
 

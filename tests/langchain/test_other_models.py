@@ -28,8 +28,7 @@ from a3_engine import A3Engine, ContextOverflowError
 from a3_engine.decoding.grammar import FollowGrammar
 from a3_integrations.langchain import A3LLM, A3VectorStore, ChatA3, create_a3_documents_chain
 from a3_integrations.langchain.messages import to_engine
-from tests.engine.conftest import LONG
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.tiny import LONG, STAND_IN, tiny_model, tiny_tokenizer
 
 TEXT = "The lamp of the lighthouse burns through the night, and the keeper sleeps at noon."
 CALL = {"name": "keeper", "args": {"of": "lamp"}, "id": "call_1", "type": "tool_call"}

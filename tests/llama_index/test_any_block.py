@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from llama_index.core.base.llms import types
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
-from a3_engine import A3Engine
 from a3_integrations.llama_index import A3LLM
 from tests.blocks import JSON, TEXTS, dictionaries, is_clear_refusal
-from tests.engine.conftest import LONG
-from tests.tiny import CHATML, STAND_IN, STRICT, tiny_model, tiny_tokenizer
 
 BYTES = st.one_of(
     st.binary(max_size=8),
@@ -87,16 +84,9 @@ MESSAGES = st.builds(
 ).filter(lambda message: message is not None)
 
 
-@pytest.fixture(scope="module", params=[CHATML, STRICT, None], ids=["chatml", "strict", "none"])
-def llm(request, tmp_path_factory):
-    engine = A3Engine.from_pretrained(
-        tiny_model(LONG),
-        tiny_tokenizer(request.param),
-        cache_dir=tmp_path_factory.mktemp("any"),
-        stand_in=STAND_IN,
-    )
-    yield A3LLM(engine=engine, max_new_tokens=1)
-    engine.close()
+@pytest.fixture(scope="module")
+def llm(engine_of_any_template):
+    return A3LLM(engine=engine_of_any_template, max_new_tokens=1)
 
 
 @given(st.lists(MESSAGES, min_size=1, max_size=4))

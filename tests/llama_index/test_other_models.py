@@ -20,8 +20,7 @@ from llama_index.core.base.llms.types import (
 from a3_engine import A3Engine
 from a3_integrations.llama_index import A3LLM
 from a3_integrations.llama_index.responses import to_engine
-from tests.engine.conftest import LONG
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.tiny import LONG, STAND_IN, tiny_model, tiny_tokenizer
 
 ROLES = [MessageRole.USER, MessageRole.ASSISTANT, MessageRole.SYSTEM, MessageRole.TOOL]
 CALL = {"id": "call_1", "function": {"name": "keeper", "arguments": '{"of": "lamp"}'}}

@@ -22,11 +22,10 @@ from a3_engine.chunks.tiers import open_store
 from a3_engine.chunks.tiers.disk import DiskStore
 from a3_engine.cli import main
 from a3_integrations.llama_index import A3LLM, A3Synthesizer
-from tests.engine.conftest import LONG
 from tests.store.servers import peer
 from tests.store.stored import header, holds, payload, payloads
 from tests.store.test_faults import small_disk
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.tiny import LONG, STAND_IN, tiny_model, tiny_tokenizer
 
 LAMP = "The lamp of the lighthouse burns through the night, and the keeper sleeps at noon."
 SHORE = "The northern shore is steep, and few boats land there before the ice is broken."

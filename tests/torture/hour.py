@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from a3_engine import A3Engine, Chunk, StoreError, StoreOptions
-from tests.engine.conftest import LONG
-from tests.tiny import STAND_IN, tiny_model, tiny_tokenizer
+from tests.tiny import LONG, STAND_IN, tiny_model, tiny_tokenizer
 from tests.torture.endurance import _handles, _resident
 
 THREADS = 16

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from a3_engine import A3Engine
-from tests.engine.conftest import LONG
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import LONG, tiny_model, tiny_tokenizer
 from tests.torture.endurance import _handles, _resident
 
 AT_ONCE = 256

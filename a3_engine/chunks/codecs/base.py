@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,7 +76,7 @@ class Codec(Protocol):
         """Keys and values of these shapes and dtype; may share memory with the tensors."""
 
 
-class FixedCodec:
+class FixedCodec(ABC):
     """Stateless: what is stored follows from the shapes alone.
 
     ``tolerance`` is the largest error that decoding may leave, as a share of the largest magnitude
@@ -90,14 +91,17 @@ class FixedCodec:
     def identity(self) -> str:
         return self.name
 
+    @abstractmethod
     def layout(self, keys: Shape, values: Shape, dtype: torch.dtype) -> dict[str, Spec]:
-        raise NotImplementedError
+        """As :meth:`Format.layout`."""
 
     def nbytes(self, keys: Shape, values: Shape, dtype: torch.dtype) -> int:
         return sum(spec.nbytes[1] for spec in self.layout(keys, values, dtype).values())
 
+    @abstractmethod
     def encode(self, kv: ChunkKV) -> Tensors:
-        raise NotImplementedError
+        """As :meth:`Codec.encode`."""
 
+    @abstractmethod
     def decode(self, tensors: Tensors, keys: Shape, values: Shape, dtype: torch.dtype) -> ChunkKV:
-        raise NotImplementedError
+        """As :meth:`Codec.decode`."""
